@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The face that vLLM sees: an attention backend with sinks and a window.
+
+Stands in for ``vllm/v1/attention/backends/cpu_attn.py``. Keys arrive rotated at their
+text positions and are never touched again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from sink_paged.attention.cpu import sink_attention, write_kv
+from sink_paged.config import SinkConfig, sink_settings
+from sink_paged.rotary import StepRotations, UnsupportedLayerError
+from sink_paged.window import SinkWindow
+
+
+@dataclass
+class SinkAttentionMetadata:
+    """One step's batch, shared by all layers.
+
+    Attributes:
+        num_actual_tokens: tokens without padding.
+        query_start_loc: int32 ``[num_reqs + 1]``.
+        seq_lens: int32 ``[num_reqs]``, text length including this step's tokens.
+        block_table: int32 ``[num_reqs, num_columns]``, a ring.
+        slot_mapping: int64 ``[num_tokens]``.
+    """
+
+    num_actual_tokens: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+
+
+class SinkAttentionMetadataBuilder(AttentionMetadataBuilder[SinkAttentionMetadata]):
+    """Passes the batch on; nothing here depends on the length of a text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See ``AttentionMetadataBuilder``."""
+        super().__init__(*args, **kwargs)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SinkAttentionMetadata:
+        """Metadata of a step."""
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise NotImplementedError("sink_paged attends causally only")
+        return SinkAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+
+class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
+    """Attention of one layer.
+
+    Attributes:
+        window: the cache config.
+        rotations: rotations of the step's tokens, set once the model is loaded; None
+            for a layer without rotary positions.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """See ``AttentionImpl``; ``sinks`` are learned sink logits (gpt-oss)."""
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sliding_window = sliding_window
+        self.alibi_slopes = alibi_slopes
+        self.logits_soft_cap = logits_soft_cap
+        self.sinks = sinks
+        self.window = configured_window(get_current_vllm_config())
+        self.rotations: StepRotations | None = None
+
+    def check_supported(self) -> None:
+        """Refuse what this release does not compute exactly.
+
+        Raises:
+            UnsupportedLayerError: with the reason.
+        """
+        refused = {
+            f"it is {self.attn_type} attention, not decoder attention": (
+                self.attn_type != AttentionType.DECODER
+            ),
+            f"it has its own sliding window of {self.sliding_window} tokens": (
+                self.sliding_window is not None
+            ),
+            "it uses ALiBi": self.alibi_slopes is not None,
+            "it caps its attention logits": bool(self.logits_soft_cap),
+            "it has learned sink logits": self.sinks is not None,
+            "it reads the KV cache of another layer": (
+                self.kv_sharing_target_layer_name is not None
+            ),
+            f"its KV cache is stored as {self.kv_cache_dtype}": (
+                self.kv_cache_dtype.startswith(("fp8", "int", "nvfp4"))
+            ),
+        }
+        for reason, applies in refused.items():
+            if applies:
+                raise UnsupportedLayerError(reason)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SinkAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; ``key`` and ``value`` are in the cache already.
+
+        Args:
+            layer: the calling layer.
+            query: ``[num_tokens, num_heads, head_size]``, rotated at text positions.
+            key: unused.
+            value: unused.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+            attn_metadata: the batch; None while vLLM profiles.
+            output: ``[num_tokens, num_heads, head_size]``, written in place.
+            output_scale: unsupported.
+            output_block_scale: unsupported.
+        """
+        if attn_metadata is None:
+            return output
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("sink_paged does not quantise its output")
+        rotations = self.rotations
+        sink_attention(
+            query,
+            kv_cache,
+            output,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            None if rotations is None else rotations.sink_rotation,
+            window=self.window,
+            scale=self.scale,
+            interleaved=rotations is not None and rotations.geometry.interleaved,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Write this step's keys and values, ``[num_tokens, num_kv_heads, head_size]``."""
+        write_kv(key, value, kv_cache, slot_mapping)
+
+
+class SinkAttentionBackend(AttentionBackend):
+    """Registered as vLLM's ``CUSTOM`` backend and chosen by the sink flag."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of the enum member under which the backend is registered."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: Any = None,
+    ) -> list[int | MultipleOf]:
+        """Any multiple of 16 tokens."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """The head sizes of vLLM's own CPU backend."""
+        return CPUAttentionBackend.get_supported_head_sizes()
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Head-major blocks, as vLLM's CPU backend."""
+        return CPUAttentionBackend.supported_kv_cache_layouts()
+
+    @staticmethod
+    def get_impl_cls() -> type[SinkAttentionImpl]:
+        """The layer implementation."""
+        return SinkAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SinkAttentionMetadataBuilder]:
+        """The metadata builder."""
+        return SinkAttentionMetadataBuilder
+
+
+def configured_window(vllm_config: VllmConfig) -> SinkWindow:
+    """The cache config that ``sink_paged.engine`` resolved into the vLLM config."""
+    config = SinkConfig.from_mapping(sink_settings(vllm_config.additional_config))
+    assert config.window_tokens is not None, "the engine config was not resolved"
+    return SinkWindow(config.sink_tokens, config.window_tokens)

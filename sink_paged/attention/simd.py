@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vector primitives for numba kernels, as LLVM IR on 16 float32 lanes.
+
+Every argument is an address (int64, bytes) or a scalar: the kernels work on raw
+memory. LLVM lowers the 16 lanes to one AVX-512 register, or to two or four smaller
+ones where the CPU has no AVX-512.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+
+_F32, _I64, _I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+_I16, _F16 = ir.IntType(16), ir.HalfType()
+_VEC = ir.VectorType(_F32, LANES)
+_VEC_I32 = ir.VectorType(_I32, LANES)
+_VEC_I16 = ir.VectorType(_I16, LANES)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def jit(function: _Function) -> _Function:
+    """Compile without Python objects; callable from kernels only."""
+    return cast(_Function, numba.njit(cache=True, error_model="numpy")(function))
+
+
+def _intrinsic(
+    returns: Any, arguments: tuple[Any, ...], emit: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make `emit(builder, *llvm_values)` callable from jitted code."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        result = emit(builder, *args)
+        return context.get_dummy_value() if result is None else result
+
+    def typing(context: Any, *args: Any) -> Any:
+        return returns(*arguments), generate
+
+    # numba matches the arguments of a call with these parameters.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    typing.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(f"a{n}", kind) for n in range(1 + len(arguments))]
+    )
+    return cast(Callable[..., Any], intrinsic(typing))
+
+
+def _pointer(builder: Any, address: Any, element: Any) -> Any:
+    return builder.inttoptr(address, ir.PointerType(element))
+
+
+def _load(builder: Any, address: Any, element: Any) -> Any:
+    align = 4 if element in (_F32, _I32, _I64, _VEC, _VEC_I32) else 2
+    return builder.load(_pointer(builder, address, element), align=align, typ=element)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    align = 2 if value.type in (_I16, _VEC_I16) else 4
+    builder.store(value, _pointer(builder, address, value.type), align=align)
+
+
+def _const(value: float) -> Any:
+    rounded = float(np.float32(value))
+    return ir.Constant(_VEC, [ir.Constant(_F32, rounded)] * LANES)
+
+
+def _int_const(value: int) -> Any:
+    return ir.Constant(_VEC_I32, [value] * LANES)
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    vector = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(
+        ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0)
+    )
+    mask = ir.Constant(_VEC_I32, [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
+
+
+def _call(builder: Any, name: str, returns: Any, *values: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(returns, [v.type for v in values]), name
+    )
+    return builder.call(function, values)
+
+
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return _call(builder, "llvm.fma.v16f32", _VEC, x, y, z)
+
+
+def _offset(builder: Any, address: Any, nbytes: int) -> Any:
+    return builder.add(address, ir.Constant(_I64, nbytes)) if nbytes else address
+
+
+# Scalars
+
+_ADDRESS = types.int64
+
+
+def _scalar_load(numba_type: Any, element: Any) -> Callable[..., Any]:
+    return _intrinsic(
+        numba_type, (_ADDRESS,), lambda builder, address: _load(builder, address, element)
+    )
+
+
+load_i32 = _scalar_load(types.int32, _I32)
+load_i64 = _scalar_load(types.int64, _I64)
+load_f32 = _scalar_load(types.float32, _F32)
+load_f64 = _scalar_load(types.float64, ir.DoubleType())
+load_i16 = _scalar_load(types.int16, _I16)
+
+
+def _scalar_store(numba_type: Any) -> Callable[..., Any]:
+    return _intrinsic(
+        types.void,
+        (_ADDRESS, numba_type),
+        lambda builder, address, value: _store(builder, value, address),
+    )
+
+
+store_i32 = _scalar_store(types.int32)
+store_i16 = _scalar_store(types.int16)
+store_f32 = _scalar_store(types.float32)
+
+
+def _emit_fetch_add(builder: Any, address: Any, amount: Any) -> Any:
+    pointer = _pointer(builder, address, _I64)
+    return builder.atomic_rmw("add", pointer, amount, "monotonic")
+
+
+fetch_add = _intrinsic(types.int64, (_ADDRESS, types.int64), _emit_fetch_add)
+
+
+# Rows of 16-lane vectors
+
+
+def _widen(builder: Any, kind: int, address: Any) -> Any:
+    """Load 16 consecutive elements of a dtype as float32."""
+    if kind == FLOAT32:
+        return _load(builder, address, _VEC)
+    bits = _load(builder, address, _VEC_I16)
+    if kind == FLOAT16:
+        half = builder.bitcast(bits, ir.VectorType(_F16, LANES))
+        return builder.fpext(half, _VEC)
+    shifted = builder.shl(builder.zext(bits, _VEC_I32), _int_const(16))
+    return builder.bitcast(shifted, _VEC)
+
+
+def _narrow(builder: Any, kind: int, value: Any) -> Any:
+    """Round float32 lanes to a dtype, to nearest even."""
+    if kind == FLOAT32:
+        return value
+    if kind == FLOAT16:
+        half = builder.fptrunc(value, ir.VectorType(_F16, LANES))
+        return builder.bitcast(half, _VEC_I16)
+    bits = builder.bitcast(value, _VEC_I32)
+    odd = builder.and_(builder.lshr(bits, _int_const(16)), _int_const(1))
+    rounded = builder.add(bits, builder.add(odd, _int_const(0x7FFF)))
+    return builder.trunc(builder.lshr(rounded, _int_const(16)), _VEC_I16)
+
+
+def _vector_load(kind: int) -> Callable[..., Any]:
+    def emit(builder: Any, source: Any, target: Any) -> None:
+        _store(builder, _widen(builder, kind, source), target)
+
+    return _intrinsic(types.void, (_ADDRESS, _ADDRESS), emit)
+
+
+def _vector_store(kind: int) -> Callable[..., Any]:
+    def emit(builder: Any, source: Any, target: Any, factor: Any) -> None:
+        value = builder.fmul(_load(builder, source, _VEC), _splat(builder, factor))
+        _store(builder, _narrow(builder, kind, value), target)
+
+    return _intrinsic(types.void, (_ADDRESS, _ADDRESS, types.float32), emit)
+
+
+_widen_f32, _widen_bf16, _widen_f16 = (_vector_load(kind) for kind in range(3))
+_narrow_f32, _narrow_bf16, _narrow_f16 = (_vector_store(kind) for kind in range(3))
+
+
+@jit
+def widen_row(kind: int, source: int, target: int, count: int) -> None:
+    """Copy `count` (a multiple of 16) elements of a dtype to float32."""
+    for n in range(0, count, 16):
+        if kind == 0:
+            _widen_f32(source + 4 * n, target + 4 * n)
+        elif kind == 1:
+            _widen_bf16(source + 2 * n, target + 4 * n)
+        else:
+            _widen_f16(source + 2 * n, target + 4 * n)
+
+
+@jit
+def narrow_row(kind: int, source: int, target: int, count: int, factor: float) -> None:
+    """Write `count` float32 times `factor` as a dtype, rounded to nearest even."""
+    for n in range(0, count, 16):
+        if kind == 0:
+            _narrow_f32(source + 4 * n, target + 4 * n, factor)
+        elif kind == 1:
+            _narrow_bf16(source + 4 * n, target + 2 * n, factor)
+        else:
+            _narrow_f16(source + 4 * n, target + 2 * n, factor)
+
+
+# Softmax of one row of logits
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """e**x for x <= 88 to 1e-7 relative; 0 below -87 (also for -inf)."""
+    tiny = builder.fcmp_ordered("<", x, _const(-87.0))
+    x = builder.select(tiny, _const(-87.0), x)
+    n = _call(
+        builder,
+        "llvm.rint.v16f32",
+        _VEC,
+        builder.fmul(x, _const(1.4426950408889634)),
+    )
+    r = _fma(builder, n, _const(-0.693359375), x)
+    r = _fma(builder, n, _const(2.12194440e-4), r)
+    y = _const(1.9875691500e-4)
+    for coefficient in (
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    ):
+        y = _fma(builder, y, r, _const(coefficient))
+    y = _fma(builder, builder.fmul(y, r), r, builder.fadd(r, _const(1.0)))
+    exponent = builder.shl(builder.fptosi(n, _VEC_I32), _int_const(23))
+    y = builder.bitcast(builder.add(builder.bitcast(y, _VEC_I32), exponent), _VEC)
+    return builder.select(tiny, _const(0.0), y)
+
+
+def _lanes(builder: Any, first: Any) -> Any:
+    """Column numbers `first .. first + 15` as <16 x i32>."""
+    start = _splat(builder, builder.trunc(first, _I32))
+    return builder.add(start, ir.Constant(_VEC_I32, list(range(LANES))))
+
+
+def _inside(builder: Any, columns: Any, begin: Any, end: Any) -> Any:
+    begin = _splat(builder, builder.trunc(begin, _I32))
+    end = _splat(builder, builder.trunc(end, _I32))
+    return builder.and_(
+        builder.icmp_signed(">=", columns, begin),
+        builder.icmp_signed("<", columns, end),
+    )
+
+
+def _make_logits(general: bool) -> Callable[..., Any]:
+    def emit(
+        builder: Any,
+        row: Any,
+        begin: Any,
+        end: Any,
+        scale: Any,
+        cap: Any,
+        slope: Any,
+        shift: Any,
+    ) -> Any:
+        stop = builder.and_(
+            builder.add(end, ir.Constant(_I64, LANES - 1)), ir.Constant(_I64, -LANES)
+        )
+        start = builder.and_(begin, ir.Constant(_I64, -LANES))
+        scale = _splat(builder, scale)
+        lowest = _const(-np.inf)
+        largest = cgutils.alloca_once_value(builder, lowest)
+        with cgutils.for_range_slice(
+            builder, start, stop, ir.Constant(_I64, LANES)
+        ) as (column, _):
+            address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
+            x = builder.fmul(_load(builder, address, _VEC), scale)
+            columns = _lanes(builder, column)
+            if general:
+                x = _cap_and_bias(builder, x, columns, cap, slope, shift)
+            x = builder.select(_inside(builder, columns, begin, end), x, lowest)
+            _store(builder, x, address)
+            previous = builder.load(largest)
+            greater = builder.fcmp_ordered(">", x, previous)
+            builder.store(builder.select(greater, x, previous), largest)
+        return _call(
+            builder, "llvm.vector.reduce.fmax.v16f32", _F32, builder.load(largest)
+        )
+
+    scalars = (types.float32,) * 4
+    return _intrinsic(
+        types.float32, (_ADDRESS, types.int64, types.int64, *scalars), emit
+    )
+
+
+def _cap_and_bias(
+    builder: Any, x: Any, columns: Any, cap: Any, slope: Any, shift: Any
+) -> Any:
+    """cap * tanh(x / cap) where cap > 0, then + slope * (column + shift)."""
+    zero = ir.Constant(_F32, 0.0)
+    capped = builder.fcmp_ordered(">", cap, zero)
+    limit = _splat(builder, builder.select(capped, cap, ir.Constant(_F32, 1.0)))
+    ratio = builder.fdiv(x, limit)
+    # tanh is odd; its exponential form is exact to float32 for negative arguments.
+    magnitude = _call(builder, "llvm.fabs.v16f32", _VEC, ratio)
+    decay = _exp(builder, builder.fmul(magnitude, _const(-2.0)))
+    one = _const(1.0)
+    tanh = builder.fdiv(builder.fsub(one, decay), builder.fadd(one, decay))
+    tanh = _call(builder, "llvm.copysign.v16f32", _VEC, tanh, ratio)
+    # 1 - exp(-2x) cancels near 0, where x - x**3/3 is better.
+    square = builder.fmul(ratio, ratio)
+    cubic = builder.fmul(square, _const(-1.0 / 3.0))
+    series = _fma(builder, _fma(builder, square, _const(2.0 / 15.0), _const(-1.0 / 3.0)),
+                         builder.fmul(square, ratio), ratio)
+    small = builder.fcmp_ordered("<", magnitude, _const(0.05))
+    tanh = builder.select(small, series, tanh)
+    x = builder.select(capped, builder.fmul(tanh, limit), x)
+    distance = builder.fadd(builder.sitofp(columns, _VEC), _splat(builder, shift))
+    return _fma(builder, _splat(builder, slope), distance, x)
+
+
+plain_logits = _make_logits(general=False)
+general_logits = _make_logits(general=True)
+
+
+def _emit_exponentials(
+    builder: Any, row: Any, begin: Any, end: Any, largest: Any
+) -> Any:
+    largest = _splat(builder, largest)
+    total = cgutils.alloca_once_value(builder, _const(0.0))
+    with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, LANES)) as (
+        column,
+        _,
+    ):
+        address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
+        y = _exp(builder, builder.fsub(_load(builder, address, _VEC), largest))
+        _store(builder, y, address)
+        builder.store(builder.fadd(builder.load(total), y), total)
+    # A tree, not a chain, of additions.
+    vector = builder.load(total)
+    for half in (8, 4, 2, 1):
+        lanes = [(lane + half) % LANES for lane in range(LANES)]
+        mask = ir.Constant(_VEC_I32, lanes)
+        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, mask))
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+exponentials = _intrinsic(
+    types.float32, (_ADDRESS, types.int64, types.int64, types.float32), _emit_exponentials
+)
+
+
+def _emit_zero_row(builder: Any, row: Any, begin: Any, end: Any) -> None:
+    with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, LANES)) as (
+        column,
+        _,
+    ):
+        address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
+        _store(builder, _const(0.0), address)
+
+
+zero_row = _intrinsic(types.void, (_ADDRESS, types.int64, types.int64), _emit_zero_row)
+
+
+def _emit_scale_row(builder: Any, row: Any, count: Any, factor: Any) -> None:
+    factor = _splat(builder, factor)
+    with cgutils.for_range_slice(
+        builder, ir.Constant(_I64, 0), count, ir.Constant(_I64, LANES)
+    ) as (column, _):
+        address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
+        _store(builder, builder.fmul(_load(builder, address, _VEC), factor), address)
+
+
+scale_row = _intrinsic(
+    types.void, (_ADDRESS, types.int64, types.float32), _emit_scale_row
+)
+
+
+def _emit_exp(builder: Any, x: Any) -> Any:
+    return builder.extract_element(
+        _exp(builder, _splat(builder, x)), ir.Constant(_I32, 0)
+    )
+
+
+exp = _intrinsic(types.float32, (types.float32,), _emit_exp)
+
+
+# Register-tiled matrix product
+
+
+def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> None:
+    """Emit the micro-kernel `C[rows, 16 * vectors] (+)= A[rows, depth] @ B`."""
+    a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate = args
+    step = 2 if kind == BFLOAT16 else 1
+    row = [builder.mul(lda, ir.Constant(_I64, r)) for r in range(rows)]
+    rows_a = [builder.add(a, offset) for offset in row]
+    rows_c = [
+        builder.add(c, builder.mul(ldc, ir.Constant(_I64, r))) for r in range(rows)
+    ]
+    column = [
+        builder.mul(vector_stride, ir.Constant(_I64, n)) for n in range(vectors)
+    ]
+    keep = builder.icmp_signed("!=", accumulate, ir.Constant(_I64, 0))
+    initial = [
+        builder.select(
+            keep, _load(builder, _offset(builder, rows_c[r], 64 * n), _VEC), _const(0)
+        )
+        for r in range(rows)
+        for n in range(vectors)
+    ]
+
+    def add(sums: list[Any], address: Any, offset: Any, both: bool) -> list[Any]:
+        tiles = []
+        for n in range(vectors):
+            at = builder.add(address, column[n])
+            if kind != BFLOAT16:
+                tiles.append((_widen(builder, kind, at),))
+                continue
+            pair = _load(builder, at, _VEC_I32)
+            low = builder.shl(pair, _int_const(16))
+            high = builder.and_(pair, _int_const(-65536))
+            tiles.append(
+                (builder.bitcast(low, _VEC), builder.bitcast(high, _VEC))
+            )
+        sums = list(sums)
+        for r in range(rows):
+            for half in range(2 if kind == BFLOAT16 and both else 1):
+                at = _offset(builder, builder.add(rows_a[r], offset), 4 * half)
+                value = _splat(builder, _load(builder, at, _F32))
+                for n in range(vectors):
+                    i = r * vectors + n
+                    sums[i] = _fma(builder, value, tiles[n][half], sums[i])
+        return sums
+
+    entry = builder.block
+    head = builder.append_basic_block("product.head")
+    body = builder.append_basic_block("product.body")
+    done = builder.append_basic_block("product.done")
+    whole = builder.and_(depth, ir.Constant(_I64, -step))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_I64)
+    address = builder.phi(_I64)
+    sums = [builder.phi(_VEC) for _ in initial]
+    index.add_incoming(ir.Constant(_I64, 0), entry)
+    address.add_incoming(b, entry)
+    for phi, value in zip(sums, initial, strict=True):
+        phi.add_incoming(value, entry)
+    builder.cbranch(builder.icmp_signed("<", index, whole), body, done)
+    builder.position_at_end(body)
+    offset = builder.shl(index, ir.Constant(_I64, 2))
+    updated = add(sums, address, offset, True)
+    index.add_incoming(builder.add(index, ir.Constant(_I64, step)), body)
+    address.add_incoming(builder.add(address, depth_stride), body)
+    for phi, value in zip(sums, updated, strict=True):
+        phi.add_incoming(value, body)
+    builder.branch(head)
+    builder.position_at_end(done)
+
+    def write(values: list[Any]) -> None:
+        for r in range(rows):
+            for n in range(vectors):
+                at = _offset(builder, rows_c[r], 64 * n)
+                _store(builder, values[r * vectors + n], at)
+
+    if step == 1:
+        write(sums)
+        return
+    offset = builder.shl(index, ir.Constant(_I64, 2))
+    with builder.if_else(builder.icmp_signed("<", index, depth)) as (odd, even):
+        with odd:
+            write(add(sums, address, offset, False))
+        with even:
+            write(sums)
+
+
+ROW_TILES, VECTOR_TILES = (4, 2, 1), (4, 2, 1)
+
+
+def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) -> None:
+    """Call the micro-kernel of `(kind, rows, vectors)`, each its own function."""
+    hundred, ten = ir.Constant(_I64, 100), ir.Constant(_I64, 10)
+    case = builder.add(builder.mul(kind, hundred), builder.mul(rows, ten))
+    done = builder.append_basic_block("product.end")
+    switch = builder.switch(builder.add(case, vectors), done)
+    signature = ir.FunctionType(ir.VoidType(), [_I64] * len(args))
+    for key in itertools.product(range(3), ROW_TILES, VECTOR_TILES):
+        name = "sink_paged.product.{}.{}.{}".format(*key)
+        function = ir.Function(builder.module, signature, name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inside = ir.IRBuilder(function.append_basic_block("entry"))
+        _product(inside, *key, function.args)
+        inside.ret_void()
+        block = builder.append_basic_block(name)
+        switch.add_case(ir.Constant(_I64, 100 * key[0] + 10 * key[1] + key[2]), block)
+        builder.position_at_end(block)
+        builder.call(function, args)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+_product_tile = _intrinsic(types.void, (types.int64,) * 12, _emit_product)
+
+
+@jit
+def multiply(  # type: ignore[no-untyped-def]
+    kind, a, lda, b, depth_stride, vector_stride, c, ldc, rows, vectors, depth, keep
+):
+    """Product `C[rows, 16 * vectors] += A[rows, depth] @ B` with float32 A and C.
+
+    B, of dtype `kind`, has vector n of depth step k at
+    `b + n * vector_stride + k * depth_stride`. bfloat16 comes in pairs: k and k+1 of a
+    lane side by side, `depth_stride` for both; of an odd depth the second element of the
+    last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+    """
+    v = 0
+    while v < vectors:
+        width = 4 if v + 4 <= vectors else (2 if v + 2 <= vectors else 1)
+        r = 0
+        while r < rows:
+            height = 4 if r + 4 <= rows else (2 if r + 2 <= rows else 1)
+            _product_tile(
+                kind,
+                height,
+                width,
+                a + r * lda,
+                lda,
+                b + v * vector_stride,
+                depth_stride,
+                vector_stride,
+                c + r * ldc + v * 64,
+                ldc,
+                depth,
+                keep,
+            )
+            r += height
+        v += width

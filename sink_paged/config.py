@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user may set, validated.
+
+The settings live in ``additional_config["sink_paged"]`` of a vLLM config, the one place
+that reaches every process of vLLM; the command-line flags only fill it in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sink_paged.window import SinkWindow
+
+CONFIG_KEY = "sink_paged"
+DEFAULT_SINK_TOKENS = 4
+MAX_STREAM_TOKENS = 2**31 - 1
+"""Longest text of a stream: vLLM counts tokens in int32."""
+
+
+class StreamLength(int):
+    """vLLM's ``max_model_len`` of a streaming engine: the longest text, as an int.
+
+    vLLM refuses prompts, stops requests and caps outputs at ``max_model_len``. With
+    sink eviction the text may go on to the int32 limit, while the user's
+    ``--max-model-len`` bounds the resident tokens; this number carries both.
+
+    Attributes:
+        resident_tokens: what the user's ``--max-model-len`` said.
+    """
+
+    resident_tokens: int
+
+    def __new__(cls, resident_tokens: int) -> Self:
+        """Make the stream length of an engine with that resident bound."""
+        length = super().__new__(cls, MAX_STREAM_TOKENS)
+        length.resident_tokens = resident_tokens
+        return length
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
+        """Pickle by the resident bound: other processes get the same two numbers."""
+        return type(self), (self.resident_tokens,)
+
+
+@dataclass(frozen=True)
+class SinkConfig:
+    """Typed form of ``additional_config["sink_paged"]``.
+
+    Attributes:
+        sink_tokens: first tokens of the text that stay resident; 0 or more.
+        window_tokens: recent tokens that stay resident, at least 1; ``None`` takes
+            what ``--max-model-len`` leaves beside the sinks and the query.
+
+    Raises:
+        ValueError: naming the setting and its legal range.
+    """
+
+    sink_tokens: int = DEFAULT_SINK_TOKENS
+    window_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and ranges that need no model."""
+        _check_integer("sink_tokens", self.sink_tokens, 0)
+        if self.window_tokens is not None:
+            _check_integer("window_tokens", self.window_tokens, 1)
+
+    @classmethod
+    def from_mapping(cls, settings: Any) -> Self:
+        """Read the user's mapping; unknown keys are refused by name."""
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f'additional_config["{CONFIG_KEY}"] must be a mapping of settings '
+                f"({_known_settings()}), got {type(settings).__name__}: {settings!r}"
+            )
+        unknown = sorted(set(map(str, settings)) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(
+                f'unknown setting in additional_config["{CONFIG_KEY}"]: '
+                f"{', '.join(unknown)}; known settings: {_known_settings()}"
+            )
+        return cls(**settings)
+
+    def resolve(self, max_model_len: int) -> SinkWindow:
+        """The cache config for a resident bound of ``max_model_len`` tokens.
+
+        Raises:
+            ValueError: when ``S + R + 1`` does not fit into ``max_model_len``.
+        """
+        window = self.window_tokens
+        if window is None:
+            window = max_model_len - self.sink_tokens - 1
+            if window < 1:
+                raise ValueError(
+                    f"sink_tokens={self.sink_tokens} leaves no room for a window: "
+                    f"with --max-model-len {max_model_len} (by default the model's "
+                    f"trained length) it must be in [0, {max_model_len - 2}]"
+                )
+        resident = self.sink_tokens + window + 1
+        if resident > max_model_len:
+            raise ValueError(
+                f"sink_tokens + window_tokens + 1 = {resident} is above "
+                f"{max_model_len}, the resident tokens that --max-model-len (by "
+                "default the model's trained length) allows: with "
+                f"sink_tokens={self.sink_tokens}, window_tokens must be in "
+                f"[1, {max(1, max_model_len - self.sink_tokens - 1)}], got {window}"
+            )
+        return SinkWindow(self.sink_tokens, window)
+
+
+def sink_settings(additional_config: Any) -> Any | None:
+    """The user's ``sink_paged`` settings, or ``None`` when the extension is off."""
+    if isinstance(additional_config, Mapping):
+        return additional_config.get(CONFIG_KEY)
+    return None
+
+
+def _known_settings() -> str:
+    return ", ".join(SinkConfig.__dataclass_fields__)
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(
+            f"{name} must be an integer in [{minimum}, {MAX_STREAM_TOKENS}], "
+            f"got {type(value).__name__}: {value!r}"
+        )
+    if not minimum <= value <= MAX_STREAM_TOKENS:
+        raise ValueError(
+            f"{name} must be in [{minimum}, {MAX_STREAM_TOKENS}], got {value}"
+        )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a vLLM engine config into that of a streaming engine, or refuses.
+
+The whole switch is here: the resolved cache config goes into ``additional_config``,
+``max_model_len`` becomes a :class:`StreamLength`, and the attention backend and the
+worker are the extension's. Everything else reads those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from packaging.version import Version
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from sink_paged.config import CONFIG_KEY, SinkConfig, StreamLength
+
+logger = init_logger(__name__)
+
+SUPPORTED_VLLM = (Version("0.29"), Version("0.33"))
+"""From the first, up to but without the second."""
+BACKEND_PATH = "sink_paged.attention.backend.SinkAttentionBackend"
+CPU_WORKER = "sink_paged.worker.SinkCPUWorker"
+STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+class UnsupportedSettingError(ValueError):
+    """A vLLM setting or version that sink eviction does not work with."""
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM that the extension was not made for.
+
+    Raises:
+        UnsupportedSettingError: naming the version and the supported range.
+    """
+    oldest, limit = SUPPORTED_VLLM
+    if not oldest <= Version(Version(vllm.__version__).base_version) < limit:
+        raise UnsupportedSettingError(
+            f"sink eviction does not support vLLM {vllm.__version__}: install a version "
+            f"from {oldest} up to, but not including, {limit}"
+        )
+
+
+def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
+    """Make ``vllm_config`` a streaming engine's, in place.
+
+    Raises:
+        ValueError: naming the setting that is wrong or not supported.
+    """
+    _check_settings(vllm_config)
+    model_config = vllm_config.model_config
+    resident = int(model_config.max_model_len)
+    window = config.resolve(resident)
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        CONFIG_KEY: {
+            "sink_tokens": window.sink_tokens,
+            "window_tokens": window.window_tokens,
+        },
+    }
+    model_config.max_model_len = StreamLength(resident)
+    vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    vllm_config.parallel_config.worker_cls = CPU_WORKER
+    logger.info(
+        "Sink eviction: cache config %d+%d, streams of any length keep at most %d "
+        "tokens beside those of the running step",
+        window.sink_tokens,
+        window.window_tokens,
+        window.capacity + 1,
+    )
+
+
+def default_max_tokens(length: StreamLength, prompt_tokens: int) -> int:
+    """Output tokens of a request that names no ``max_tokens``.
+
+    As a stock server of ``--max-model-len N`` would cap it: what the prompt leaves of
+    ``N``. For a prompt that such a server would refuse, the most that it could give.
+    """
+    left = length.resident_tokens - prompt_tokens
+    return left if left > 0 else max(1, length.resident_tokens - 1)
+
+
+def _check_settings(vllm_config: VllmConfig) -> None:
+    """Refuse what the extension does not get right, by the setting's name."""
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    attention = vllm_config.attention_config
+    text_config = model.hf_text_config
+    refused: dict[str, Any] = {
+        f"platform {current_platform.device_type}: this release has an attention "
+        "kernel for CPU only": not current_platform.is_cpu(),
+        "pooling models: they read their text once": model.runner_type != "generate",
+        "encoder-decoder models": model.is_encoder_decoder,
+        "models with recurrent (Mamba or linear attention) layers": (
+            model.is_hybrid or model.is_attention_free
+        ),
+        "multi-head latent attention (MLA)": model.use_mla,
+        "M-RoPE positions (multimodal models)": model.uses_mrope,
+        "attention whose scale depends on the text position": bool(
+            getattr(text_config, "attn_temperature_tuning", False)
+            or "llama_4_scaling_beta" in (getattr(text_config, "rope_parameters", {}) or {})
+        ),
+        "rotary frequencies that change with the length "
+        "(rope_type dynamic or longrope)": _rope_type(text_config)
+        in ("dynamic", "longrope"),
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
+        "--decode-context-parallel-size and --prefill-context-parallel-size above 1": (
+            parallel.decode_context_parallel_size > 1
+            or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "--no-enable-chunked-prefill: texts are longer than any batch": (
+            not vllm_config.scheduler_config.enable_chunked_prefill
+        ),
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype
+        not in ("auto", "float32", "float16", "bfloat16"),
+        f"--block-size {cache.block_size}: it must be a multiple of 16": (
+            cache.block_size % 16 != 0
+        ),
+        f"--attention-backend {getattr(attention.backend, 'name', '')}: sink eviction "
+        "brings its own": attention.backend is not None,
+        f"--worker-cls {parallel.worker_cls}: sink eviction brings its own": (
+            current_platform.is_cpu() and parallel.worker_cls != STOCK_CPU_WORKER
+        ),
+        "VLLM_USE_V2_MODEL_RUNNER=1": vllm_config.use_v2_model_runner,
+        "another plugin's CUSTOM attention backend": (
+            AttentionBackendEnum.CUSTOM.get_path() != BACKEND_PATH
+        ),
+    }
+    for setting, applies in refused.items():
+        if applies:
+            raise UnsupportedSettingError(f"sink eviction does not support {setting}")
+
+
+def _rope_type(text_config: Any) -> str:
+    """``rope_type`` of a Hugging Face config, by its new or its old name."""
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = getattr(text_config, name, None) or {}
+        kind = scaling.get("rope_type") or scaling.get("type")
+        if kind:
+            return str(kind)
+    return "default"

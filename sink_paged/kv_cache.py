@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block policy inside vLLM: a cache spec and its manager.
+
+``SinkWindowSpec`` says what a layer keeps, ``SinkWindowManager`` pins the sinks' blocks,
+frees window blocks first in, first out, and finds prefix-cache hits that consist of
+the pinned blocks and the window. The numbers come from :mod:`sink_paged.window`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashList,
+    KVCacheBlock,
+    resolve_block_hashes,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from sink_paged.window import BlockWindow, SinkWindow, cdiv
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkWindowSpec(SlidingWindowSpec):
+    """KV cache of a layer that keeps ``S`` sink tokens and ``R`` recent ones.
+
+    A ``SlidingWindowSpec`` because vLLM caps admission and sizes the pool by a bounded
+    number only for those. ``sliding_window`` is ``R + 1``: it counts the query itself.
+
+    Attributes:
+        sink_tokens: ``S``.
+    """
+
+    sink_tokens: int
+
+    @classmethod
+    def from_full_attention(cls, spec: FullAttentionSpec, window: SinkWindow) -> Self:
+        """The same cache layout as ``spec``, kept by the policy ``window``."""
+        layout = {
+            field.name: getattr(spec, field.name) for field in fields(AttentionSpec)
+        }
+        return cls(
+            **layout,
+            sliding_window=window.window_tokens + 1,
+            sink_tokens=window.sink_tokens,
+        )
+
+    @property
+    def blocks(self) -> BlockWindow:
+        """The block policy of this layer."""
+        window = SinkWindow(self.sink_tokens, self.sliding_window - 1)
+        return BlockWindow(window, self.block_size)
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """The most blocks a stream holds, whatever its length."""
+        return self.blocks.max_blocks(max_in_flight_tokens)
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Columns of the worker's ring block table."""
+        return self.blocks.max_blocks(vllm_config.max_in_flight_tokens)
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Layers share a block table when they keep the same tokens."""
+        return all(
+            isinstance(spec, SinkWindowSpec) and spec.blocks == self.blocks
+            for spec in kv_cache_specs.values()
+        )
+
+
+class SinkWindowManager(SingleTypeKVCacheManager):
+    """Allocates, frees and finds the blocks of streams with sinks and a window."""
+
+    def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
+        """See ``SingleTypeKVCacheManager``."""
+        super().__init__(kv_cache_spec, **kwargs)
+        self.blocks = kv_cache_spec.blocks
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Free blocks that slots for ``num_tokens`` take, re-used hits included."""
+        held = self.req_to_blocks.get(request_id)
+        if held:
+            return max(cdiv(num_tokens, self.block_size) - len(held), 0)
+        needed = self.blocks.resident_blocks(total_computed_tokens, num_tokens)
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            needed = min(needed, self.max_admission_blocks_per_request)
+        num_hits = sum(not block.is_null for block in new_computed_blocks)
+        evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
+        return max(needed - num_hits, 0) + evictable
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take over the blocks of a prefix-cache hit, null blocks where evicted."""
+        req_blocks = self.req_to_blocks[request_id]
+        assert not req_blocks, "hits are taken once, before any allocation"
+        self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])
+        req_blocks.extend(new_computed_blocks)
+        self.num_cached_block[request_id] = len(req_blocks)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The pinned blocks and the window before the longest resumable prefix."""
+        assert isinstance(kv_cache_spec, SinkWindowSpec)
+        assert not drop_eagle_block and dcp_world_size == pcp_world_size == 1
+        policy = kv_cache_spec.blocks
+        hashes = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            policy.block_size,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
+        found: dict[int, list[KVCacheBlock]] = {}
+
+        def is_cached(block: int) -> bool:
+            cached = block_pool.get_cached_block(hashes[block], kv_cache_group_ids)
+            if cached:
+                found[block] = cached
+            return bool(cached)
+
+        hit = policy.longest_hit(
+            min(max_length // policy.block_size, len(hashes)),
+            is_cached,
+            cdiv(alignment_tokens, policy.block_size),
+        )
+        next_query = hit * policy.block_size
+        oldest = policy.first_window_block(next_query)
+        missing = [block_pool.null_block] * len(kv_cache_group_ids)
+        rows = [
+            found[block] if block < policy.pinned_blocks or block >= oldest else missing
+            for block in range(hit)
+        ]
+        groups = range(len(kv_cache_group_ids))
+        return tuple([row[group] for row in rows] for group in groups), next_query
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free, oldest first, the blocks that no query from now on attends.
+
+        Args:
+            request_id: the stream.
+            processed_computed_tokens: text position of the oldest query that may
+                still run.
+            num_prompt_tokens: ignored, prompt and output are one text.
+        """
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks:
+            return
+        first = self.blocks.first_window_block(processed_computed_tokens)
+        expired = []
+        for index in range(min(first, len(blocks)) - 1, self.blocks.pinned_blocks - 1, -1):
+            if blocks[index].is_null:
+                break
+            expired.append(blocks[index])
+            blocks[index] = self._null_block
+        if expired:
+            self.block_pool.free_blocks(reversed(expired))
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Tokens before the window; the sinks among them stay resident."""
+        return max(0, num_computed_tokens - self.blocks.window.window_tokens)
+
+
+def register() -> None:
+    """Enter the spec and its manager into vLLM's registry."""
+    # vLLM fills its registry on first use and only while it is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        SinkWindowSpec, SinkWindowManager, uniform_type_base_spec=SinkWindowSpec
+    )

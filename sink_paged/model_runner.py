@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's model runner needs for streams: positions and bounded rows.
+
+``bind_rotations`` gives every attention layer the rotations of its rotary module and
+sets them before each forward pass. ``enable_streams`` replaces the two buffers of the
+runner that are sized by the longest text: the block table becomes a ring of columns,
+the token rows are memory that is only committed where a stream has written.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.v1.worker.block_table import BlockTable
+
+from sink_paged.attention.backend import SinkAttentionImpl
+from sink_paged.config import MAX_STREAM_TOKENS
+from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.rotary import StepRotations, UnsupportedLayerError
+from sink_paged.window import BlockWindow
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+logger = init_logger(__name__)
+
+# Python names this flag from 3.13 on; the number is Linux's on x86 and Arm.
+MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
+    """Give each attention layer of ``model`` the rotations of the step's tokens.
+
+    Args:
+        model: the loaded model; its rotary modules are found beside the attention
+            layers, not listed by name.
+        max_tokens: the most tokens of a step.
+
+    Returns:
+        One ``StepRotations`` for each distinct rotary module.
+
+    Raises:
+        UnsupportedLayerError: naming the layer whose positions cannot be had right.
+    """
+    rotations: dict[int, StepRotations] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Attention):
+            continue
+        try:
+            impl = layer.impl
+            if not isinstance(impl, SinkAttentionImpl):
+                raise UnsupportedLayerError(f"it runs on {type(impl).__name__}")
+            impl.check_supported()
+            rotary = _sibling_rotary(model, name)
+            if id(rotary) not in rotations:
+                rotations[id(rotary)] = StepRotations(
+                    rotary, impl.window.capacity, max_tokens
+                )
+            impl.rotations = rotations[id(rotary)]
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(
+                f"sink eviction does not support layer {name} "
+                f"({type(layer).__name__}): {error}"
+            ) from None
+    if not rotations:
+        raise UnsupportedLayerError(
+            f"sink eviction does not support {type(model).__name__}: no attention "
+            "layer with rotary positions was found in it"
+        )
+    steps = list(rotations.values())
+
+    def set_positions(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        positions = kwargs["positions"] if "positions" in kwargs else args[1]
+        for step in steps:
+            step.set_positions(positions)
+
+    model.register_forward_pre_hook(set_positions, with_kwargs=True)
+    return steps
+
+
+def _sibling_rotary(model: nn.Module, layer_name: str) -> RotaryEmbeddingBase:
+    """The rotary module that serves an attention layer: its sibling in the model."""
+    parent = model.get_submodule(layer_name.rpartition(".")[0])
+    found = [
+        child for child in parent.children() if isinstance(child, RotaryEmbeddingBase)
+    ]
+    if len(found) != 1:
+        raise UnsupportedLayerError(
+            f"{len(found)} rotary embeddings stand beside it, expected 1 (learned "
+            "absolute, ALiBi and other position schemes are not supported)"
+        )
+    return found[0]
+
+
+class RingBlockTable(BlockTable):
+    """A block table whose columns are used again as blocks are evicted.
+
+    Block ``k`` of a text stands in column ``k`` while it is pinned, else in
+    ``pinned + (k - pinned) % ring``. ``num_blocks_per_row`` counts the text's blocks.
+    """
+
+    pinned: int
+
+    @classmethod
+    def adopt(cls, table: BlockTable, policy: BlockWindow) -> RingBlockTable:
+        """Take over the buffers of ``table``."""
+        ring = cls.__new__(cls)
+        ring.__dict__.update(table.__dict__)
+        ring.pinned = policy.pinned_blocks
+        return ring
+
+    @property
+    def ring(self) -> int:
+        """Columns behind the pinned ones."""
+        return int(self.max_num_blocks_per_req) - self.pinned
+
+    def append_row(self, block_ids: list[int], row_idx: int) -> None:
+        """Add the text's next blocks; only the last ring of them can still be read."""
+        start = int(self.num_blocks_per_row[row_idx])
+        end = start + len(block_ids)
+        row = self.block_table.np[row_idx]
+        pinned = block_ids[: max(0, self.pinned - start)]
+        row[start : start + len(pinned)] = pinned
+        first = max(start + len(pinned), end - self.ring)
+        blocks = np.arange(first, end)
+        columns = self.pinned + (blocks - self.pinned) % self.ring
+        row[columns] = block_ids[first - start :]
+        self.num_blocks_per_row[row_idx] = end
+
+    def compute_slot_mapping(
+        self, num_reqs: int, query_start_loc: Tensor, positions: Tensor
+    ) -> None:
+        """Slots of the step's tokens: as stock, at the position of the ring column."""
+        block = positions // self.block_size
+        column = torch.where(
+            block < self.pinned, block, self.pinned + (block - self.pinned) % self.ring
+        )
+        ring_positions = column * self.block_size + positions % self.block_size
+        super().compute_slot_mapping(num_reqs, query_start_loc, ring_positions)
+
+
+def virtual_rows(num_rows: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeroed rows of the stream limit's length that cost only what is written.
+
+    Returns:
+        ``[num_rows, MAX_STREAM_TOKENS]`` in reserved address space; the system commits
+        a page when it is first written.
+
+    Raises:
+        MemoryError: when the system does not let address space be reserved.
+    """
+    item = np.dtype(dtype)
+    size = num_rows * MAX_STREAM_TOKENS * item.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    try:
+        buffer = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        raise MemoryError(
+            f"sink eviction reserves {size >> 30} GiB of address space (not memory) "
+            f"for the token ids of {num_rows} streams, and the system refused: "
+            f"{error}. Allow it (ulimit -v unlimited, vm.overcommit_memory 0 or 1) or "
+            "lower --max-num-seqs"
+        ) from error
+    # Huge pages would commit 2 MiB at the first token of every row.
+    buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    rows: npt.NDArray[Any] = np.frombuffer(buffer, dtype=item)
+    return rows.reshape(num_rows, MAX_STREAM_TOKENS)
+
+
+def enable_streams(runner: GPUModelRunner) -> None:
+    """Let the requests of ``runner`` grow past ``max_model_len``.
+
+    Called once its KV cache is initialised.
+    """
+    batch = runner.input_batch
+    batch.token_ids_cpu = virtual_rows(batch.max_num_reqs, np.int32)
+    batch.token_ids_cpu_tensor = torch.from_numpy(batch.token_ids_cpu)
+    # Prompt embeddings are refused, so every entry is True: one byte stands for all.
+    batch.is_token_ids = np.lib.stride_tricks.as_strided(
+        np.ones(1, dtype=np.bool_), batch.token_ids_cpu.shape, (0, 0)
+    )
+    batch.max_model_len = runner.max_model_len = MAX_STREAM_TOKENS
+    tables = batch.block_table.block_tables
+    for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        assert isinstance(spec, SinkWindowSpec)
+        tables[index] = RingBlockTable.adopt(tables[index], spec.blocks)

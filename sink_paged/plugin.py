@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's entry point, called in each of its processes.
+
+vLLM swallows errors raised while this module is imported, but not those raised by
+``register``: imports that can fail stay inside the function.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Register the cache spec and the attention backend, and install the patches.
+
+    All of it stays inert until an engine's ``additional_config`` has ``sink_paged``.
+
+    Raises:
+        PatchError: when vLLM lacks a function that must be wrapped.
+    """
+    from sink_paged import engine, patches
+
+    try:
+        engine.check_vllm_version()
+    except engine.UnsupportedSettingError:
+        # An engine without sink eviction must not notice that the package is there.
+        patches.CREATE_ENGINE_CONFIG.install()
+        return
+
+    from vllm.v1.attention.backends.registry import (
+        AttentionBackendEnum,
+        register_backend,
+    )
+
+    from sink_paged import kv_cache
+
+    for patch in patches.ALL:
+        patch.install()
+    kv_cache.register()
+    register_backend(AttentionBackendEnum.CUSTOM, engine.BACKEND_PATH)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's worker with streams: chosen by ``parallel_config.worker_cls``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from sink_paged.attention.backend import configured_window
+from sink_paged.config import StreamLength
+from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.model_runner import bind_rotations, enable_streams
+from sink_paged.rotary import UnsupportedLayerError
+
+
+def resident_config(vllm_config: VllmConfig) -> VllmConfig:
+    """``vllm_config`` with ``max_model_len`` as the user gave it.
+
+    The front end and the scheduler see the stream limit there; the worker, whose
+    models and buffers are sized by it, must see the resident bound.
+    """
+    length = vllm_config.model_config.max_model_len
+    if not isinstance(length, StreamLength):
+        return vllm_config
+    resident = copy.copy(vllm_config)
+    resident.model_config = copy.copy(vllm_config.model_config)
+    resident.model_config.max_model_len = length.resident_tokens
+    return resident
+
+
+class SinkCPUWorker(CPUWorker):
+    """CPU worker whose streams keep sinks and a window."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        """See ``CPUWorker``."""
+        super().__init__(resident_config(vllm_config), *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model and bind its rotary geometry to the attention layers."""
+        super().load_model(*args, **kwargs)
+        bind_rotations(self.model_runner.get_model(), self.model_runner.max_num_tokens)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The layers' caches, kept by the sink and window policy."""
+        window = configured_window(self.vllm_config)
+        specs = {}
+        for name, spec in super().get_kv_cache_spec().items():
+            if type(spec) is not FullAttentionSpec:
+                raise UnsupportedLayerError(
+                    f"sink eviction does not support layer {name}: its KV cache is a "
+                    f"{type(spec).__name__}, not a FullAttentionSpec"
+                )
+            specs[name] = SinkWindowSpec.from_full_attention(spec, window)
+        return specs
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache and let streams grow past ``max_model_len``."""
+        super().initialize_from_config(kv_cache_config)
+        enable_streams(self.model_runner)

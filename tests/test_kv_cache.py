@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block policy inside vLLM's own KV-cache manager.
+
+A state machine plays the scheduler: requests arrive, some with a prefix that was read
+before, are prefilled in chunks, decode, are preempted and finish. A model of the
+physical memory records which text prefix stands in which slot, so that a wrong hit, a
+freed or an overwritten block shows as a key with the wrong content.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.request import Request
+
+from sink_paged import kv_cache
+from sink_paged.config import MAX_STREAM_TOKENS
+from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.window import SinkWindow, cdiv
+
+MAX_CHUNK = 24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    init_none_hash(sha256)
+    kv_cache.register()
+
+
+def make_spec(window: SinkWindow, block_size: int) -> SinkWindowSpec:
+    full = FullAttentionSpec(
+        block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.float32
+    )
+    return SinkWindowSpec.from_full_attention(full, window)
+
+
+def make_manager(spec: SinkWindowSpec, num_blocks: int, caching: bool) -> Any:
+    return KVCacheManager(
+        KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        max_model_len=MAX_STREAM_TOKENS,
+        scheduler_block_size=spec.block_size,
+        hash_block_size=spec.block_size,
+        max_in_flight_tokens=MAX_CHUNK,
+        enable_caching=caching,
+    )
+
+
+class Scheduler(RuleBasedStateMachine):
+    """Drives a ``KVCacheManager`` as vLLM's scheduler does."""
+
+    @initialize(
+        sinks=st.sampled_from([0, 1, 4, 5, 16, 19]),
+        window=st.integers(1, 40),
+        block_size=st.sampled_from([1, 4, 16]),
+        caching=st.booleans(),
+        spare=st.integers(0, 30),
+    )
+    def start(
+        self, sinks: int, window: int, block_size: int, caching: bool, spare: int
+    ) -> None:
+        self.window = SinkWindow(sinks, window)
+        self.spec = make_spec(self.window, block_size)
+        self.policy = self.spec.blocks
+        self.bound = self.policy.max_blocks(MAX_CHUNK)
+        num_blocks = 1 + self.bound + spare  # vLLM keeps one as the null block
+        self.manager = make_manager(self.spec, num_blocks, caching)
+        self.pool = self.manager.block_pool
+        self.hasher = get_request_block_hasher(block_size, sha256)
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.texts: list[list[int]] = []
+        self.requests: list[Request] = []
+        self.count = 0
+        self.hits = 0
+
+    @rule(data=st.data(), length=st.integers(1, 120))
+    def arrive(self, data: st.DataObject, length: int) -> None:
+        if len(self.requests) == 4:
+            return
+        prefix: list[int] = []
+        if self.texts and data.draw(st.booleans()):
+            text = data.draw(st.sampled_from(self.texts))
+            prefix = text[: data.draw(st.integers(0, len(text)))]
+        new = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
+        self.count += 1
+        request = Request(
+            request_id=str(self.count),
+            prompt_token_ids=prefix + new,
+            sampling_params=SamplingParams(max_tokens=10_000),
+            pooling_params=None,
+            block_hasher=self.hasher,
+        )
+        self.texts.append(prefix + new)
+        self.requests.append(request)
+
+    @rule(data=st.data(), chunk=st.integers(1, MAX_CHUNK))
+    def step(self, data: st.DataObject, chunk: int) -> None:
+        if not self.requests:
+            return
+        request = data.draw(st.sampled_from(self.requests))
+        hit_blocks, num_hit = None, 0
+        if request.num_computed_tokens == 0:
+            hit_blocks, num_hit, _ = self.manager.get_computed_blocks(request)
+            self.hits += num_hit > 0
+        if request.num_computed_tokens + num_hit == request.num_tokens:
+            request.append_output_token_ids(data.draw(st.integers(0, 1)))
+        computed = request.num_computed_tokens + num_hit
+        chunk = min(chunk, request.num_tokens - computed)
+        free_before = self.pool.get_num_free_blocks()
+        allocated = self.manager.allocate_slots(
+            request,
+            chunk,
+            num_new_computed_tokens=num_hit,
+            new_computed_blocks=hit_blocks,
+            full_sequence_must_fit=request.num_computed_tokens == 0,
+        )
+        if allocated is None:
+            # One stream alone always fits; so this one waits for the others.
+            assert free_before < self.bound
+            assert len(self.requests) > 1
+            self.preempt(request)
+            return
+        self.read_and_write(request, computed, chunk)
+        request.num_computed_tokens = computed + chunk
+
+    @rule(data=st.data())
+    def preempt_one(self, data: st.DataObject) -> None:
+        if self.requests:
+            self.preempt(data.draw(st.sampled_from(self.requests)))
+
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        if self.requests:
+            request = data.draw(st.sampled_from(self.requests))
+            self.requests.remove(request)
+            self.manager.free(request)
+
+    def preempt(self, request: Request) -> None:
+        self.manager.free(request)
+        request.num_computed_tokens = 0
+
+    def blocks_of(self, request: Request) -> list[Any]:
+        manager = self.manager.coordinator.single_type_managers[0]
+        return list(manager.req_to_blocks.get(request.request_id, []))
+
+    def read_and_write(self, request: Request, computed: int, chunk: int) -> None:
+        """What the worker does: write the chunk's keys, then attend."""
+        blocks = self.blocks_of(request)
+        text = tuple(request.all_token_ids)
+        size = self.spec.block_size
+        for position in range(computed, computed + chunk):
+            block = blocks[position // size]
+            assert not block.is_null
+            assert block.ref_cnt == 1, "written while another stream reads it"
+            self.memory[block.block_id, position % size] = text[: position + 1]
+        for query in range(computed, computed + chunk):
+            for key in (*self.window.cut_off_sinks(query), *self.window.recent_keys(query)):
+                block = blocks[key // size]
+                assert not block.is_null, "an attended key was freed"
+                assert self.memory[block.block_id, key % size] == text[: key + 1]
+        held = [index for index, block in enumerate(blocks) if not block.is_null]
+        first = self.policy.first_window_block(computed)
+        expected = [
+            index
+            for index in range(cdiv(computed + chunk, size))
+            if index < self.policy.pinned_blocks or index >= first
+        ]
+        assert held == expected, "kept: the pinned blocks and the window, nothing else"
+        assert len(held) <= self.bound
+
+    @invariant()
+    def every_block_is_free_or_held(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        held: dict[int, int] = {}
+        for request in self.requests:
+            for block in self.blocks_of(request):
+                if not block.is_null:
+                    held[block.block_id] = held.get(block.block_id, 0) + 1
+        for block in self.pool.blocks:
+            if not block.is_null:
+                assert block.ref_cnt == held.get(block.block_id, 0)
+        free = self.pool.num_gpu_blocks - 1 - len(held)
+        assert self.pool.get_num_free_blocks() == free
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for request in self.requests:
+            self.manager.free(request)
+        self.requests = []
+        self.every_block_is_free_or_held()
+        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
+        assert self.manager.reset_prefix_cache()
+
+
+TestScheduler = Scheduler.TestCase
+TestScheduler.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None
+)
+
+
+def read_text(manager: Any, request: Request, chunk: int) -> None:
+    """Prefill ``request`` to its last token in chunks."""
+    blocks, num_hit, _ = manager.get_computed_blocks(request)
+    hit = {"num_new_computed_tokens": num_hit, "new_computed_blocks": blocks}
+    request.num_computed_tokens = 0
+    while request.num_computed_tokens < request.num_tokens:
+        computed = request.num_computed_tokens + hit.get("num_new_computed_tokens", 0)
+        new = min(chunk, request.num_tokens - computed)
+        assert manager.allocate_slots(request, new, **hit) is not None
+        request.num_computed_tokens, hit = computed + new, {}
+
+
+def make_request(name: str, length: int, block_size: int) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(range(length)),
+        sampling_params=SamplingParams(max_tokens=8),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(block_size, sha256),
+    )
+
+
+def test_hit_after_eviction_finds_pinned_blocks_and_window() -> None:
+    """A chat that resends its history: evicted blocks in the middle may be gone."""
+    window, block_size = SinkWindow(4, 32), 16
+    spec = make_spec(window, block_size)
+    num_blocks = 1 + spec.blocks.max_blocks(MAX_CHUNK) + 2
+    manager = make_manager(spec, num_blocks, caching=True)
+    first = make_request("first", 40 * block_size, block_size)
+    read_text(manager, first, MAX_CHUNK)
+    manager.free(first)
+
+    again = make_request("again", 40 * block_size + 5, block_size)
+    blocks, num_hit, _ = manager.get_computed_blocks(again)
+    assert num_hit == 40 * block_size
+    real = [i for i, block in enumerate(blocks.blocks[0]) if not block.is_null]
+    assert real == [0, 38, 39]
+
+
+def test_no_hit_without_the_pinned_block() -> None:
+    window, block_size = SinkWindow(4, 32), 16
+    spec = make_spec(window, block_size)
+    manager = make_manager(spec, 64, caching=True)
+    first = make_request("first", 20 * block_size, block_size)
+    read_text(manager, first, MAX_CHUNK)
+    pinned = manager.get_blocks("first").blocks[0][0]
+    manager.free(first)
+    manager.evict_blocks({pinned.block_id})
+    again = make_request("again", 20 * block_size, block_size)
+    assert manager.get_computed_blocks(again)[1] == 0
+
+
+def test_capacity_is_the_bounded_number() -> None:
+    spec = make_spec(SinkWindow(4, 100), 16)
+    assert spec.max_admission_blocks_per_request(64, 10**9) == 1 + 11 + 1
+    assert spec.max_admission_blocks_per_request(64, 1) == 1 + 11 + 1
