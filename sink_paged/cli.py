@@ -12,9 +12,9 @@ from sink_paged.config import CONFIG_KEY, DEFAULT_SINK_TOKENS, MAX_STREAM_TOKENS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to one of vLLM's parsers."""
     group = parser.add_argument_group(
-        title="sink_paged",
-        description="Endless streams: attention sinks and a sliding window "
-        "(StreamingLLM). With --sink-eviction, --max-model-len bounds the tokens a "
+        title="SinkEviction",
+        description="Endless streams (StreamingLLM): --sink-eviction, --sink-tokens, "
+        "--sink-window. With --sink-eviction, --max-model-len bounds the tokens that a "
         "stream keeps resident, not how long it may run.",
     )
     group.add_argument(

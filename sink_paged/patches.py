@@ -1,47 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of vLLM that are wrapped, because it has no hook for them.
 
-``patches/README.md`` is their index; the diffs there would give vLLM the hooks.
+``patches/README.md`` is their index; the diffs there would give vLLM the hooks, and
+where vLLM has them nothing is wrapped.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from sink_paged.cli import add_arguments, merge_settings, settings_from_arguments
-from sink_paged.config import SinkConfig, StreamLength, sink_settings
+from sink_paged.hooks import HOOKS
 from sink_paged.patching import Patch
+
+ENGINE_HOOKS = "vllm.plugins:register_engine_hooks"
+"""The function that the diffs add to vLLM; called with ``HOOKS``."""
 
 
 def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     parser = original(parser)
-    add_arguments(parser)
+    HOOKS.add_cli_args(parser)
     return parser
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
-    settings = settings_from_arguments(args)
     engine_args = original(cls, args)
-    if settings is not None:
-        engine_args.additional_config = merge_settings(
-            engine_args.additional_config, settings
-        )
+    HOOKS.from_cli_args(engine_args, args)
     return engine_args
 
 
 def _create_engine_config(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    settings = sink_settings(self.additional_config)
-    if settings is None:
-        return original(self, *args, **kwargs)
-    from sink_paged import engine
-
-    engine.check_vllm_version()
-    config = SinkConfig.from_mapping(settings)
+    HOOKS.check_args(self)
     vllm_config = original(self, *args, **kwargs)
-    engine.enable_sink_eviction(vllm_config, config)
+    HOOKS.update_config(vllm_config)
     return vllm_config
 
 
@@ -49,25 +43,7 @@ def _process_inputs(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
     request = original(self, *args, **kwargs)
-    length = self.model_config.max_model_len
-    sampling = request.sampling_params
-    if not isinstance(length, StreamLength) or sampling is None:
-        return request
-    from vllm.exceptions import VLLMValidationError
-
-    from sink_paged.engine import default_max_tokens
-
-    prompt_tokens = len(request.prompt_token_ids)
-    # vLLM writes what is left of the length when the client named no max_tokens.
-    if sampling.max_tokens >= length - prompt_tokens:
-        sampling.max_tokens = default_max_tokens(length, prompt_tokens)
-        if sampling.min_tokens > sampling.max_tokens:
-            raise VLLMValidationError(
-                f"min_tokens={sampling.min_tokens} is above {sampling.max_tokens}, the "
-                "most that a request gets which names no max_tokens",
-                parameter="min_tokens",
-                value=sampling.min_tokens,
-            )
+    HOOKS.update_request(self.model_config, request)
     return request
 
 
@@ -88,11 +64,21 @@ def _get_attn_backend_cls(
     return original(cls, selected_backend, *args, **kwargs)
 
 
+def _register_triton_kernel_overrides(original: Callable[..., Any], cls: type) -> None:
+    from vllm.triton_utils import dispatcher
+
+    # The overrides last for the process; vLLM enters them again for each engine, and
+    # its scan of all modules then fails on llvmlite, which the CPU kernel has loaded.
+    if not (dispatcher._registry and "llvmlite" in sys.modules):
+        original(cls)
+
+
 CREATE_ENGINE_CONFIG = Patch(
     target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
     parameters=("self", "usage_context"),
     wrapper=_create_engine_config,
     why="a plugin cannot see or change the engine config",
+    upstream=ENGINE_HOOKS,
 )
 
 ALL = (
@@ -102,23 +88,34 @@ ALL = (
         parameters=("parser",),
         wrapper=_add_cli_args,
         why="a plugin cannot add command-line flags",
+        upstream=ENGINE_HOOKS,
     ),
     Patch(
         target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
         parameters=("cls", "args"),
         wrapper=_from_cli_args,
         why="a plugin cannot read its command-line flags",
+        upstream=ENGINE_HOOKS,
     ),
     Patch(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         parameters=("self", "request_id", "prompt", "params"),
         wrapper=_process_inputs,
         why="the default of max_tokens is the longest text, here without an end",
+        upstream=ENGINE_HOOKS,
     ),
     Patch(
         target="vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
         parameters=("cls", "selected_backend"),
         wrapper=_get_attn_backend_cls,
         why="the CPU platform takes no attention backend but its own",
+        upstream="vllm.platforms.cpu:CpuPlatform.supports_custom_attention",
+    ),
+    Patch(
+        target="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
+        parameters=("cls",),
+        wrapper=_register_triton_kernel_overrides,
+        why="a second engine in one process fails once llvmlite is loaded",
+        upstream="vllm.triton_utils.dispatcher:instance_dict",
     ),
 )

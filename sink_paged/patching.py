@@ -2,8 +2,8 @@
 """Patches of vLLM: declared, checked, idempotent, revertible.
 
 A patch wraps one function or method that vLLM gives no hook for. It refuses to install
-when the target has vanished or changed its parameters, and steps aside when vLLM
-itself carries the change (the diffs in ``patches/`` leave a marker).
+when the target has vanished or changed its parameters, and steps aside when vLLM has
+the hook (as the diffs in ``patches/`` would give it).
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-UPSTREAM_MARKER = "__sink_paged_hook__"
-"""Attribute of a module that already contains the change of ``patches/``."""
-
-
 class PatchError(RuntimeError):
     """A vLLM function that the extension must wrap is not what it expects."""
+
+
+def find(path: str) -> Any | None:
+    """The object at ``module:qualified.name``, or None where there is none."""
+    module_name, _, qualified = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError:
+        return None
+    for name in qualified.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 @dataclass(frozen=True)
@@ -36,29 +44,30 @@ class Patch:
         parameters: names its first parameters must have, in order.
         wrapper: called as ``wrapper(original, *args, **kwargs)``.
         why: what has no hook, in a line.
+        upstream: ``module:qualified.name`` that exists where vLLM has the hook.
     """
 
     target: str
     parameters: tuple[str, ...]
     wrapper: Callable[..., Any]
     why: str
+    upstream: str
 
     def install(self) -> None:
-        """Wrap the target; does nothing when it is wrapped already.
+        """Wrap the target, unless it is wrapped or vLLM has the hook.
 
         Raises:
             PatchError: when the target is missing or has other parameters.
         """
+        if find(self.upstream) is not None:
+            logger.debug("vLLM has %s: %s is not patched", self.upstream, self.target)
+            return
         owner, name = self._owner()
         raw = inspect.getattr_static(owner, name, None)
         original = getattr(raw, "__func__", raw)
         if original is None or not callable(original):
             raise PatchError(self._message("it does not exist"))
         if getattr(original, "__sink_paged_patch__", None) is not None:
-            return
-        module = importlib.import_module(self.target.partition(":")[0])
-        if self.target in getattr(module, UPSTREAM_MARKER, ()):
-            logger.info("vLLM carries %s itself: patch not installed", self.target)
             return
         actual = tuple(inspect.signature(original).parameters)
         if actual[: len(self.parameters)] != self.parameters:
@@ -90,14 +99,10 @@ class Patch:
         return patch is not None
 
     def _owner(self) -> tuple[Any, str]:
-        module_name, _, qualified = self.target.partition(":")
-        *path, name = qualified.split(".")
-        try:
-            owner: Any = importlib.import_module(module_name)
-            for part in path:
-                owner = getattr(owner, part)
-        except (ImportError, AttributeError) as error:
-            raise PatchError(self._message(str(error))) from error
+        path, _, name = self.target.rpartition(".")
+        owner = find(path)
+        if owner is None:
+            raise PatchError(self._message(f"{path} does not exist"))
         return owner, name
 
     def _message(self, problem: str) -> str:

@@ -31,7 +31,12 @@ def register() -> None:
     )
 
     from sink_paged import kv_cache
+    from sink_paged.hooks import HOOKS
+    from sink_paged.patching import find
 
+    register_hooks = find(patches.ENGINE_HOOKS)
+    if register_hooks is not None:
+        register_hooks(HOOKS)
     for patch in patches.ALL:
         patch.install()
     kv_cache.register()

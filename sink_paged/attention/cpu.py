@@ -24,8 +24,12 @@ from numba import cfunc, types
 from torch import Tensor
 
 from sink_paged.attention.simd import (
+    HAS_AMX,
+    begin_tiles,
+    end_tiles,
     exp,
     exponentials,
+    exponentials_twice,
     fetch_add,
     general_logits,
     jit,
@@ -35,6 +39,7 @@ from sink_paged.attention.simd import (
     load_i32,
     load_i64,
     multiply,
+    multiply_tiles,
     narrow_row,
     plain_logits,
     scale_row,
@@ -42,6 +47,7 @@ from sink_paged.attention.simd import (
     store_i16,
     store_i32,
     widen_row,
+    zero_half_row,
     zero_row,
 )
 from sink_paged.window import SinkWindow
@@ -52,7 +58,7 @@ CHUNK = 256  # keys that share one softmax update
 
 # One call's arguments as the kernel reads them: 8 bytes each, addresses, strides in
 # bytes and counts, the last two float64. The threads advance the first two.
-_ARGUMENTS = struct.Struct("@34q2d")
+_ARGUMENTS = struct.Struct("@36q2d")
 (
     ITEM,
     THREAD,
@@ -88,6 +94,8 @@ _ARGUMENTS = struct.Struct("@34q2d")
     OUTPUT_HEAD,
     SCRATCH,
     SCRATCH_BYTES,
+    AMX,
+    SPARE,
     SCALE,
     SOFT_CAP,
 ) = range(0, _ARGUMENTS.size, 8)
@@ -135,7 +143,10 @@ def _attend_segment(  # type: ignore[no-untyped-def]
     key_begin,
     key_end,
     query,
+    query_half,
+    tiles,
     weights,
+    weights_half,
     sums,
     state,
 ):
@@ -160,21 +171,37 @@ def _attend_segment(  # type: ignore[no-untyped-def]
         while key < end:
             offset = key % block_size
             run = min(block_size - offset, end - key)
-            page = _page(args, request, kv_head, key)
-            multiply(
-                kind,
-                query,
-                row_bytes,
-                page + (offset // 16) * key_tile,
-                16 * element * pair,
-                key_tile,
-                weights + 4 * (key - begin),
-                weight_bytes,
-                rows,
-                (run + 15) // 16,
-                head_size,
-                0,
-            )
+            keys = _page(args, request, kv_head, key) + (offset // 16) * key_tile
+            if tiles:
+                multiply_tiles(
+                    query_half,
+                    row_bytes // 2,
+                    keys,
+                    64,
+                    key_tile,
+                    1024,
+                    weights + 4 * (key - begin),
+                    weight_bytes,
+                    tiles,
+                    (run + 15) // 16,
+                    head_size // 32,
+                    0,
+                )
+            else:
+                multiply(
+                    kind,
+                    query,
+                    row_bytes,
+                    keys,
+                    16 * element * pair,
+                    key_tile,
+                    weights + 4 * (key - begin),
+                    weight_bytes,
+                    rows,
+                    (run + 15) // 16,
+                    head_size,
+                    0,
+                )
             key += run
 
         for row in range(rows):
@@ -222,31 +249,59 @@ def _attend_segment(  # type: ignore[no-untyped-def]
                 else:
                     largest = previous
                     total = load_f32(state + 8 * row + 4)
-                total += exponentials(logits, low16, high16, largest)
+                if tiles:
+                    half = weights_half + row * (weight_bytes // 2)
+                    total += exponentials_twice(logits, low16, high16, largest, half)
+                else:
+                    total += exponentials(logits, low16, high16, largest)
                 store_f32(state + 8 * row + 4, total)
             # Keys of the chunk that another row attends weigh nothing in this one.
             zero_row(logits, 0, low16)
             zero_row(logits, high16, end - begin)
+            if tiles:
+                half = weights_half + row * (weight_bytes // 2)
+                zero_half_row(half, 0, low16)
+                zero_half_row(half, high16, end - begin)
 
         key = begin
         while key < end:
             offset = key % block_size
             run = min(block_size - offset, end - key)
-            page = _page(args, request, kv_head, key)
-            multiply(
-                kind,
-                weights + 4 * (key - begin),
-                weight_bytes,
-                page + (block_size + offset) * head_size * element,
-                head_size * element * pair,
-                16 * element * pair,
-                sums,
-                row_bytes,
-                rows,
-                head_size // 16,
-                run,
-                1,
-            )
+            values = _page(args, request, kv_head, key)
+            values += (block_size + offset) * head_size * element
+            done = types.int64(0)
+            if tiles:
+                # Whole tiles of 32 keys; the rest may border on garbage.
+                done = run & -32
+                multiply_tiles(
+                    weights_half + 2 * (key - begin),
+                    weight_bytes // 2,
+                    values,
+                    4 * head_size,
+                    64,
+                    64 * head_size,
+                    sums,
+                    row_bytes,
+                    tiles,
+                    head_size // 16,
+                    done // 32,
+                    1,
+                )
+            if done < run:
+                multiply(
+                    kind,
+                    weights + 4 * (key - begin + done),
+                    weight_bytes,
+                    values + done * head_size * element,
+                    head_size * element * pair,
+                    16 * element * pair,
+                    sums,
+                    row_bytes,
+                    rows,
+                    head_size // 16,
+                    run - done,
+                    1,
+                )
             key += run
         begin += CHUNK
 
@@ -272,7 +327,13 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
     sink_query = scratch + max_rows * row_bytes
     sums = sink_query + max_rows * row_bytes
     weights = sums + max_rows * row_bytes
-    state = weights + max_rows * 4 * CHUNK
+    weights_half = weights + max_rows * 4 * CHUNK
+    query_half = weights_half + max_rows * 2 * CHUNK
+    sink_query_half = query_half + max_rows * row_bytes // 2
+    state = sink_query_half + max_rows * row_bytes // 2
+    tiles = types.int64(0)
+    if load_i64(args + AMX) != 0:
+        tiles = (rows + 15) // 16
     sink_end = min(sinks, last - recent)
 
     for row in range(rows):
@@ -291,6 +352,17 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
                 load_i64(args + ROTARY_DIM),
                 load_i64(args + INTERLEAVED) != 0,
             )
+        if tiles:
+            half = row * row_bytes // 2
+            narrow_row(1, target, query_half + half, head_size, types.float32(1))
+            if rotation != 0 and sink_end > 0:
+                narrow_row(
+                    1,
+                    sink_query + row * row_bytes,
+                    sink_query_half + half,
+                    head_size,
+                    types.float32(1),
+                )
         zero_row(sums + row * row_bytes, 0, head_size)
         if sink_logits != 0:
             store_f32(state + 8 * row, load_f32(sink_logits + 4 * head))
@@ -311,7 +383,10 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
             types.int64(0),
             sink_end,
             sink_query if rotation != 0 else scratch,
+            sink_query_half if rotation != 0 else query_half,
+            tiles,
             weights,
+            weights_half,
             sums,
             state,
         )
@@ -326,7 +401,10 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
         max(position - recent, 0),
         last + 1,
         scratch,
+        query_half,
+        tiles,
         weights,
+        weights_half,
         sums,
         state,
     )
@@ -347,6 +425,8 @@ def _attend(args):  # type: ignore[no-untyped-def]
     thread = fetch_add(args + THREAD, 1)
     scratch = load_i64(args + SCRATCH) + thread * load_i64(args + SCRATCH_BYTES)
     request, first_item = types.int64(0), types.int64(0)
+    if load_i64(args + AMX) != 0:
+        begin_tiles(scratch)
     item = fetch_add(args + ITEM, 1)
     while request < num_requests:
         start = load_i32(starts + 4 * request)
@@ -367,6 +447,8 @@ def _attend(args):  # type: ignore[no-untyped-def]
             scratch,
         )
         item = fetch_add(args + ITEM, 1)
+    if load_i64(args + AMX) != 0:
+        end_tiles()
 
 
 @cfunc(types.void(types.int64), cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -443,6 +525,8 @@ def _find_parallel() -> Callable[..., Any] | None:
     return parallel  # type: ignore[no-any-return]
 
 
+# The kernel must grant the tiles to the process, which torch asks for.
+_AMX = HAS_AMX and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 _parallel = _find_parallel()
 _local = threading.local()
 
@@ -512,8 +596,9 @@ def sink_attention(
     query_strides, output_strides = query.stride(), output.stride()
     cache_strides, group = kv_cache.stride(), num_heads // num_kv_heads
     tile_tokens = max(1, TILE_ROWS // group)
-    max_rows = tile_tokens * group
-    scratch_bytes = max_rows * 4 * (3 * head_size + CHUNK + 16) + 4096
+    max_rows = (tile_tokens * group + 15) // 16 * 16
+    scratch_bytes = max_rows * (16 * head_size + 6 * CHUNK + 64) + 4096
+    amx = _AMX and query.dtype == torch.bfloat16 and head_size % 32 == 0
     num_threads = torch.get_num_threads()
     rotation, rotation_row, rotary_dim = 0, 0, 0
     if sink_rotation is not None:
@@ -554,6 +639,8 @@ def sink_attention(
         output_strides[1] * element,
         _workspace(num_threads * scratch_bytes),
         scratch_bytes,
+        amx,
+        0,
         scale,
         soft_cap,
     )

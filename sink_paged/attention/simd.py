@@ -6,6 +6,7 @@ memory. LLVM lowers the 16 lanes to one AVX-512 register, or to two or four smal
 ones where the CPU has no AVX-512.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -329,7 +331,12 @@ general_logits = _make_logits(general=True)
 
 
 def _emit_exponentials(
-    builder: Any, row: Any, begin: Any, end: Any, largest: Any
+    builder: Any,
+    row: Any,
+    begin: Any,
+    end: Any,
+    largest: Any,
+    copy: Any = None,
 ) -> Any:
     largest = _splat(builder, largest)
     total = cgutils.alloca_once_value(builder, _const(0.0))
@@ -340,6 +347,9 @@ def _emit_exponentials(
         address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
         y = _exp(builder, builder.fsub(_load(builder, address, _VEC), largest))
         _store(builder, y, address)
+        if copy is not None:
+            at = builder.add(copy, builder.shl(column, ir.Constant(_I64, 1)))
+            _store(builder, _narrow(builder, BFLOAT16, y), at)
         builder.store(builder.fadd(builder.load(total), y), total)
     # A tree, not a chain, of additions.
     vector = builder.load(total)
@@ -350,21 +360,28 @@ def _emit_exponentials(
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
-exponentials = _intrinsic(
-    types.float32, (_ADDRESS, types.int64, types.int64, types.float32), _emit_exponentials
+_ROW = (_ADDRESS, types.int64, types.int64)
+exponentials = _intrinsic(types.float32, (*_ROW, types.float32), _emit_exponentials)
+# The last argument is the address of a second, bfloat16 copy of the row.
+exponentials_twice = _intrinsic(
+    types.float32, (*_ROW, types.float32, _ADDRESS), _emit_exponentials
 )
 
 
-def _emit_zero_row(builder: Any, row: Any, begin: Any, end: Any) -> None:
-    with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, LANES)) as (
-        column,
-        _,
-    ):
-        address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
-        _store(builder, _const(0.0), address)
+def _zero_row(vector: Any, shift: int) -> Callable[..., Any]:
+    def emit(builder: Any, row: Any, begin: Any, end: Any) -> None:
+        with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, LANES)) as (
+            column,
+            _,
+        ):
+            address = builder.add(row, builder.shl(column, ir.Constant(_I64, shift)))
+            _store(builder, ir.Constant(vector, None), address)
+
+    return _intrinsic(types.void, _ROW, emit)
 
 
-zero_row = _intrinsic(types.void, (_ADDRESS, types.int64, types.int64), _emit_zero_row)
+zero_row = _zero_row(_VEC, 2)
+zero_half_row = _zero_row(_VEC_I16, 1)
 
 
 def _emit_scale_row(builder: Any, row: Any, count: Any, factor: Any) -> None:
@@ -482,27 +499,43 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
 ROW_TILES, VECTOR_TILES = (4, 2, 1), (4, 2, 1)
 
 
-def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) -> None:
-    """Call the micro-kernel of `(kind, rows, vectors)`, each its own function."""
-    hundred, ten = ir.Constant(_I64, 100), ir.Constant(_I64, 10)
-    case = builder.add(builder.mul(kind, hundred), builder.mul(rows, ten))
-    done = builder.append_basic_block("product.end")
-    switch = builder.switch(builder.add(case, vectors), done)
+def _emit_variants(
+    builder: Any,
+    case: Any,
+    variants: dict[int, Callable[..., None]],
+    name: str,
+    args: tuple[Any, ...],
+) -> None:
+    """Call `variants[case]`, each emitted as a function of its own, with `args`."""
+    done = builder.append_basic_block("variants.end")
+    switch = builder.switch(case, done)
     signature = ir.FunctionType(ir.VoidType(), [_I64] * len(args))
-    for key in itertools.product(range(3), ROW_TILES, VECTOR_TILES):
-        name = "sink_paged.product.{}.{}.{}".format(*key)
-        function = ir.Function(builder.module, signature, name)
+    for key, emit in variants.items():
+        function = ir.Function(builder.module, signature, f"{name}.{key}")
         function.linkage = "internal"
         function.attributes.add("noinline")
         inside = ir.IRBuilder(function.append_basic_block("entry"))
-        _product(inside, *key, function.args)
+        emit(inside, args=function.args)
         inside.ret_void()
-        block = builder.append_basic_block(name)
-        switch.add_case(ir.Constant(_I64, 100 * key[0] + 10 * key[1] + key[2]), block)
+        block = builder.append_basic_block("variant")
+        switch.add_case(ir.Constant(_I64, key), block)
         builder.position_at_end(block)
         builder.call(function, args)
         builder.branch(done)
     builder.position_at_end(done)
+
+
+def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) -> None:
+    tiles = builder.add(builder.mul(rows, ir.Constant(_I64, 10)), vectors)
+    case = builder.add(builder.mul(kind, ir.Constant(_I64, 100)), tiles)
+    keys = itertools.product(range(3), ROW_TILES, VECTOR_TILES)
+    variants = {
+        100 * kind + 10 * rows + vectors: functools.partial(
+            _product, kind=kind, rows=rows, vectors=vectors
+        )
+        for kind, rows, vectors in keys
+    }
+    _emit_variants(builder, case, variants, "sink_paged.product", args)
 
 
 _product_tile = _intrinsic(types.void, (types.int64,) * 12, _emit_product)
@@ -535,6 +568,146 @@ def multiply(  # type: ignore[no-untyped-def]
                 depth_stride,
                 vector_stride,
                 c + r * ldc + v * 64,
+                ldc,
+                depth,
+                keep,
+            )
+            r += height
+        v += width
+
+
+# Matrix tiles (AMX): 16 rows of 64 bytes, bfloat16 pairs in, float32 out
+
+
+def _has_amx() -> bool:
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("amx-tile") and features.get("amx-bf16"))
+
+
+HAS_AMX = _has_amx()
+
+
+def _tile_call(builder: Any, name: str, *values: Any) -> None:
+    if HAS_AMX:
+        _call(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
+
+
+def _bytes_pointer(builder: Any, address: Any) -> Any:
+    return _pointer(builder, address, ir.IntType(8))
+
+
+configure_tiles = _intrinsic(
+    types.void,
+    (_ADDRESS,),
+    lambda builder, config: _tile_call(
+        builder, "ldtilecfg", _bytes_pointer(builder, config)
+    ),
+)
+
+
+@jit
+def begin_tiles(config: int) -> None:
+    """Configure eight full tiles for this thread; 64 bytes at `config` are scratch."""
+    for n in range(16):
+        store_i32(config + 4 * n, 0)
+    store_i32(config, 1)  # palette
+    for n in range(4):
+        store_i32(config + 16 + 4 * n, 64 + (64 << 16))  # bytes a row
+    store_i32(config + 48, 0x10101010)  # rows
+    store_i32(config + 52, 0x10101010)
+    configure_tiles(config)
+
+
+end_tiles = _intrinsic(types.void, (), lambda builder: _tile_call(builder, "tilerelease"))
+
+
+def _tile(number: int) -> Any:
+    return ir.Constant(ir.IntType(8), number)
+
+
+def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
+    """Emit `C[16 * rows, 16 * vectors] (+)= A[., 32 * depth] @ B`; tiles 0-3 are C."""
+    a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, depth, accumulate = args
+    tiles = [(r, v, 2 * r + v) for r in range(rows) for v in range(vectors)]
+
+    def at(base: Any, count: int, stride: Any) -> Any:
+        address = builder.add(base, builder.mul(stride, ir.Constant(_I64, count)))
+        return _bytes_pointer(builder, address)
+
+    def corner(r: int, v: int) -> Any:
+        return at(_offset(builder, c, 64 * v), 16 * r, ldc)
+
+    keep = builder.icmp_signed("!=", accumulate, ir.Constant(_I64, 0))
+    with builder.if_else(keep) as (load, clear):
+        with load:
+            for r, v, number in tiles:
+                _tile_call(builder, "tileloadd64", _tile(number), corner(r, v), ldc)
+        with clear:
+            for _, _, number in tiles:
+                _tile_call(builder, "tilezero", _tile(number))
+    with cgutils.for_range(builder, depth) as loop:
+        step_a = builder.add(a, builder.mul(loop.index, ir.Constant(_I64, 64)))
+        step_b = builder.add(b, builder.mul(loop.index, depth_stride))
+        for v in range(vectors):
+            source = at(step_b, v, vector_stride)
+            _tile_call(builder, "tileloadd64", _tile(6 + v), source, row_stride)
+        for r in range(rows):
+            _tile_call(
+                builder, "tileloadd64", _tile(4 + r), at(step_a, 16 * r, lda), lda
+            )
+            for v in range(vectors):
+                number = _tile(2 * r + v)
+                _tile_call(builder, "tdpbf16ps", number, _tile(4 + r), _tile(6 + v))
+    for r, v, number in tiles:
+        _tile_call(builder, "tilestored64", _tile(number), corner(r, v), ldc)
+
+
+def _emit_tile_product(builder: Any, rows: Any, vectors: Any, *args: Any) -> None:
+    variants = list(itertools.product((1, 2), (1, 2)))
+    case = builder.add(builder.mul(rows, ir.Constant(_I64, 10)), vectors)
+    _emit_variants(
+        builder,
+        case,
+        {
+            10 * rows + vectors: functools.partial(
+                _tile_product, rows=rows, vectors=vectors
+            )
+            for rows, vectors in variants
+        },
+        "sink_paged.tiles",
+        args,
+    )
+
+
+_tile_block = _intrinsic(types.void, (types.int64,) * 12, _emit_tile_product)
+
+
+@jit
+def multiply_tiles(  # type: ignore[no-untyped-def]
+    a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, rows, vectors, depth, keep
+):
+    """Product `C[16 * rows, 16 * vectors] (+)= A[16 * rows, 32 * depth] @ B` on tiles.
+
+    A and B are bfloat16, C float32. Tile (k, n) of B has its 16 rows of 16 pairs at
+    `b + k * depth_stride + n * vector_stride`, `row_stride` apart. Strides are bytes.
+    `keep = 0` overwrites C. Only between `begin_tiles` and `end_tiles`.
+    """
+    v = 0
+    while v < vectors:
+        width = 2 if v + 2 <= vectors else 1
+        r = 0
+        while r < rows:
+            height = 2 if r + 2 <= rows else 1
+            _tile_block(
+                height,
+                width,
+                a + 16 * r * lda,
+                lda,
+                b + v * vector_stride,
+                row_stride,
+                vector_stride,
+                depth_stride,
+                c + 16 * r * ldc + 64 * v,
                 ldc,
                 depth,
                 keep,

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the extension does at each point where vLLM is entered.
+
+Each method runs behind the vLLM function of the same purpose, be it called by a patch
+of :mod:`sink_paged.patches` or by a vLLM that carries the hook itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sink_paged.cli import add_arguments, merge_settings, settings_from_arguments
+from sink_paged.config import SinkConfig, StreamLength, sink_settings
+
+
+class EngineHooks:
+    """Entered into vLLM once per process; inert for engines without ``sink_paged``."""
+
+    def add_cli_args(self, parser: argparse.ArgumentParser) -> None:
+        """Add the extension's flags to the parser of the engine arguments."""
+        add_arguments(parser)
+
+    def from_cli_args(self, engine_args: Any, args: argparse.Namespace) -> None:
+        """Fill the flags into ``additional_config``."""
+        settings = settings_from_arguments(args)
+        if settings is not None:
+            engine_args.additional_config = merge_settings(
+                engine_args.additional_config, settings
+            )
+
+    def check_args(self, engine_args: Any) -> None:
+        """Refuse wrong settings before anything of the engine is built."""
+        settings = sink_settings(engine_args.additional_config)
+        if settings is not None:
+            from sink_paged import engine
+
+            engine.check_vllm_version()
+            SinkConfig.from_mapping(settings)
+
+    def update_config(self, vllm_config: Any) -> None:
+        """Make the config that of a streaming engine."""
+        settings = sink_settings(vllm_config.additional_config)
+        if settings is not None:
+            from sink_paged import engine
+
+            config = SinkConfig.from_mapping(settings)
+            engine.enable_sink_eviction(vllm_config, config)
+
+    def update_request(self, model_config: Any, request: Any) -> None:
+        """Cap a request that names no ``max_tokens`` as a stock server would.
+
+        vLLM gives such a request what is left of ``max_model_len``, which for a stream
+        is no bound at all.
+        """
+        length = model_config.max_model_len
+        sampling = request.sampling_params
+        if not isinstance(length, StreamLength) or sampling is None:
+            return
+        from vllm.exceptions import VLLMValidationError
+
+        from sink_paged.engine import default_max_tokens
+
+        prompt_tokens = len(request.prompt_token_ids)
+        if sampling.max_tokens < length - prompt_tokens:
+            return
+        sampling.max_tokens = default_max_tokens(length, prompt_tokens)
+        if sampling.min_tokens > sampling.max_tokens:
+            raise VLLMValidationError(
+                f"min_tokens={sampling.min_tokens} is above {sampling.max_tokens}, the "
+                "most that a request gets which names no max_tokens",
+                parameter="min_tokens",
+                value=sampling.min_tokens,
+            )
+
+
+HOOKS = EngineHooks()

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of all tests: engines in this process, nothing asked of a network."""
+
+import os
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+)

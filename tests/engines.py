@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines for the tests: in this process, so that tests can look inside."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "llama_mha"
+NEAR_TIE = 3e-3
+"""Gap of the two best log-probabilities below which float32 may choose either."""
+
+
+@contextmanager
+def engine(model: Path, sinks: tuple[int, int] | None, **options: Any) -> Iterator[LLM]:
+    """A float32 engine; ``sinks`` is the cache config ``(S, R)``, None for stock."""
+    if sinks is not None:
+        settings = {"sink_tokens": sinks[0], "window_tokens": sinks[1]}
+        options["additional_config"] = {"sink_paged": settings}
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 16,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 28,
+    } | options
+    llm = LLM(str(model), **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def make_llama(folder: Path, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Write a tiny random Llama with pronounced attention into ``folder``."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "rope_theta": 10000.0,
+        "initializer_range": 0.15,
+    }
+    config = LlamaConfig(**(settings | changes))
+    model = LlamaForCausalLM(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def generate(
+    llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+) -> list[RequestOutput]:
+    """Token prompts in, outputs in the same order."""
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, params, use_tqdm=False)
+
+
+def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
+    """Greedy sampling without an end token."""
+    settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | changes
+    return SamplingParams(max_tokens=max_tokens, **settings)
+
+
+def prompt_losses(output: RequestOutput) -> list[float]:
+    """Negative log-likelihoods of the prompt's tokens from the second on."""
+    assert output.prompt_logprobs is not None
+    ids = output.prompt_token_ids
+    return [
+        -entry[token].logprob
+        for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)
+    ]
+
+
+def core(llm: LLM) -> Any:
+    """The engine core of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def kv_cache_manager(llm: LLM) -> Any:
+    """The scheduler's KV-cache manager."""
+    return core(llm).scheduler.kv_cache_manager
+
+
+def pool_is_empty(llm: LLM) -> bool:
+    """Whether every block is back in the pool."""
+    pool = kv_cache_manager(llm).block_pool
+    return bool(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1)
+
+
+def worst(left: list[float], right: list[float]) -> float:
+    """Largest absolute difference of two equally long lists."""
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+def first_near_tie(gaps: list[float]) -> int:
+    """Index of the first step whose choice is not determined in float32."""
+    return next((i for i, gap in enumerate(gaps) if gap < NEAR_TIE), len(gaps))
