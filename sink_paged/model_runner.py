@@ -50,8 +50,8 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
     Raises:
         UnsupportedLayerError: naming the layer whose positions cannot be had right.
     """
-    rotations: dict[int, StepRotations] = {}
-    for name, layer in model.named_modules():
+    rotations: dict[nn.Module, StepRotations] = {}
+    for name, layer in list(model.named_modules()):
         if not isinstance(layer, Attention):
             continue
         try:
@@ -59,12 +59,14 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
             if not isinstance(impl, SinkAttentionImpl):
                 raise UnsupportedLayerError(f"it runs on {type(impl).__name__}")
             impl.check_supported()
-            rotary = _sibling_rotary(model, name)
-            if id(rotary) not in rotations:
-                rotations[id(rotary)] = StepRotations(
+            parent = model.get_submodule(name.rpartition(".")[0])
+            attribute, rotary = _sibling_rotary(parent)
+            if rotary not in rotations:
+                rotations[rotary] = StepRotations(
                     rotary, impl.window.capacity, max_tokens
                 )
-            impl.rotations = rotations[id(rotary)]
+            impl.rotations = rotations[rotary]
+            setattr(parent, attribute, impl.rotations.rotary)
         except UnsupportedLayerError as error:
             raise UnsupportedLayerError(
                 f"sink eviction does not support layer {name} "
@@ -88,11 +90,12 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
     return steps
 
 
-def _sibling_rotary(model: nn.Module, layer_name: str) -> RotaryEmbeddingBase:
-    """The rotary module that serves an attention layer: its sibling in the model."""
-    parent = model.get_submodule(layer_name.rpartition(".")[0])
+def _sibling_rotary(parent: nn.Module) -> tuple[str, RotaryEmbeddingBase]:
+    """Name and module of the rotary embedding that serves the attention in ``parent``."""
     found = [
-        child for child in parent.children() if isinstance(child, RotaryEmbeddingBase)
+        (name, child)
+        for name, child in parent.named_children()
+        if isinstance(child, RotaryEmbeddingBase)
     ]
     if len(found) != 1:
         raise UnsupportedLayerError(

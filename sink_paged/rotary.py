@@ -13,6 +13,7 @@ own table are used, bit for bit.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -138,48 +139,48 @@ class RotationTables:
         return rotation
 
 
-class StepRotations(nn.Module):
+class StepRotations:
     """The rotations of one step's tokens for one rotary module of the model.
 
-    Takes the place of the module's cos/sin table: before each forward pass row ``t`` is
-    set for the ``t``-th token of the batch, and the module looks rows up by the token's
-    index in the batch. The model's code, compiled or not, stays as it is.
+    Owns a copy of the module, which takes its place in the model. Before each forward
+    pass row ``t`` of the copy's cos/sin table is set for the ``t``-th token of the batch,
+    and rows are looked up by the token's index in the batch. The model's code, compiled
+    or not, stays as it is. (A copy: vLLM shares one module among all engines of a
+    process.)
 
     Attributes:
         geometry: how the module rotates.
+        rotary: the copy.
         sink_rotation: float32 ``[max_tokens, rotary_dim]``, cos half and sin half of
             each query's second rotation.
     """
 
-    sink_rotation: Tensor
-
     def __init__(
         self, rotary: RotaryEmbeddingBase, capacity: int, max_tokens: int
     ) -> None:
-        """Replace the table of ``rotary`` and its look-up.
+        """Copy ``rotary`` and replace the copy's table and look-up.
 
         Args:
             rotary: a rotary module of the loaded model.
             capacity: ``C = S + R``.
             max_tokens: the most tokens of a step, padding included.
         """
-        super().__init__()
         self.geometry = read_geometry(rotary)
         self.capacity = capacity
         self.trained = rotary.cos_sin_cache
         self.tables = RotationTables(self.geometry.frequencies, self.trained.device)
         shape = (max_tokens, self.geometry.rotary_dim)
         device = self.trained.device
-        rotary.cos_sin_cache = self.trained.new_zeros(shape)
-        self._rotary = [rotary]  # in a list: not a submodule, the model owns it
+        self.rotary = copy.deepcopy(rotary)
+        self.rotary.cos_sin_cache = self.trained.new_zeros(shape)
         self.sink_rotation = torch.zeros(shape, dtype=torch.float32, device=device)
-        look_up = rotary._forward_method
+        look_up = self.rotary._forward_method
         batch_rows = torch.arange(max_tokens, device=device)
 
         def rotate(positions: Tensor, *args: Any, **kwargs: Any) -> Any:
             return look_up(batch_rows[: positions.shape[0]], *args, **kwargs)
 
-        rotary._forward_method = rotate
+        self.rotary._forward_method = rotate
 
     def set_positions(self, positions: Tensor) -> None:
         """Set the rows for a step's tokens.
@@ -196,6 +197,6 @@ class StepRotations(nn.Module):
             torch.cat((far.real, far.imag), dim=-1).to(self.trained.dtype),
         )
         # Looked up each time: vLLM replaces the table when it casts it.
-        self._rotary[0].cos_sin_cache[:num_tokens].copy_(rows)
+        self.rotary.cos_sin_cache[:num_tokens].copy_(rows)
         back = self.tables((positions - self.capacity).clamp(min=0))
         self.sink_rotation[:num_tokens].copy_(torch.cat((back.real, -back.imag), dim=-1))

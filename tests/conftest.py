@@ -6,6 +6,6 @@ import os
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
 )

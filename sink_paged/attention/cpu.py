@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sink attention on the CPU: vLLM's paged cache, torch's own OpenMP threads.
 
-A page, the interior of a (block, kv head), holds keys, then values. Keys lie in tiles
-of 16 tokens, transposed, so that one vector holds one dim of 16 keys; values lie row
-by row. bfloat16 comes in pairs, of dims for keys and of tokens for values, which is
-the order of the CPU's bfloat16 dot products::
+A page, the interior of a (block, kv head), holds keys, then values, both in tiles that
+are read front to back: one vector is one dim of 16 keys, or 16 dims of one value.
+bfloat16 comes in pairs, of dims for keys and of tokens for values, which is the order
+of the CPU's bfloat16 dot products; `pair` is 1 otherwise::
 
-    keys    [block_size / 16, head_size / pair, 16, pair]
-    values  [block_size / pair, head_size, pair]
+    keys    [block_size / 16, head_size / pair, 16 tokens, pair]
+    values  [head_size / 16, block_size / pair, 16 dims, pair]
 
 A work item is a (request, kv head, query tile); the rows of a tile are its tokens times
 the query heads that share the kv head. Threads draw items from a shared counter.
@@ -25,23 +25,25 @@ from torch import Tensor
 
 from sink_paged.attention.simd import (
     HAS_AMX,
+    LOG2_E,
     begin_tiles,
     end_tiles,
-    exp,
+    exp2,
     exponentials,
     exponentials_twice,
     fetch_add,
     general_logits,
     jit,
+    largest_of,
     load_f32,
     load_f64,
     load_i16,
     load_i32,
     load_i64,
+    mask,
     multiply,
     multiply_tiles,
     narrow_row,
-    plain_logits,
     scale_row,
     store_f32,
     store_i16,
@@ -53,7 +55,7 @@ from sink_paged.attention.simd import (
 from sink_paged.window import SinkWindow
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE_ROWS = 32
+TILE_ROWS = 128
 CHUNK = 256  # keys that share one softmax update
 
 # One call's arguments as the kernel reads them: 8 bytes each, addresses, strides in
@@ -160,7 +162,7 @@ def _attend_segment(  # type: ignore[no-untyped-def]
     group = num_heads // num_kv_heads
     element = 4 if kind == 0 else 2
     pair = 2 if kind == 1 else 1
-    key_tile = 16 * head_size * element
+    key_tile, value_tile = 16 * head_size * element, 16 * block_size * element
     row_bytes, weight_bytes = 4 * head_size, 4 * CHUNK
     slope = types.float32(0.0)
 
@@ -221,28 +223,21 @@ def _attend_segment(  # type: ignore[no-untyped-def]
                 if slopes != 0 or soft_cap > 0:
                     if slopes != 0:
                         slope = load_f32(slopes + 4 * (first_head + row % group))
-                    largest = general_logits(
-                        logits,
-                        low,
-                        high,
-                        scale,
-                        soft_cap,
-                        slope,
-                        types.float32(begin - distance_from),
+                    shift = types.float32(begin - distance_from)
+                    general_logits(
+                        logits, low16, high16, scale, soft_cap, slope, shift
                     )
+                    factor = types.float32(1)
                 else:
-                    largest = plain_logits(
-                        logits,
-                        low,
-                        high,
-                        scale,
-                        types.float32(0),
-                        types.float32(0),
-                        types.float32(0),
-                    )
+                    factor = scale * types.float32(LOG2_E)
+                if low16 < low:
+                    mask(logits, low16, low, high)
+                if high < high16:
+                    mask(logits, high16 - 16, low, high)
+                largest = largest_of(logits, low16, high16) * factor
                 previous = load_f32(state + 8 * row)
                 if largest > previous:
-                    decay = exp(previous - largest)
+                    decay = exp2(previous - largest)
                     store_f32(state + 8 * row, largest)
                     scale_row(sums + row * row_bytes, head_size, decay)
                     total = load_f32(state + 8 * row + 4) * decay
@@ -251,9 +246,11 @@ def _attend_segment(  # type: ignore[no-untyped-def]
                     total = load_f32(state + 8 * row + 4)
                 if tiles:
                     half = weights_half + row * (weight_bytes // 2)
-                    total += exponentials_twice(logits, low16, high16, largest, half)
+                    total += exponentials_twice(
+                        logits, low16, high16, factor, largest, half
+                    )
                 else:
-                    total += exponentials(logits, low16, high16, largest)
+                    total += exponentials(logits, low16, high16, factor, largest)
                 store_f32(state + 8 * row + 4, total)
             # Keys of the chunk that another row attends weigh nothing in this one.
             zero_row(logits, 0, low16)
@@ -268,7 +265,7 @@ def _attend_segment(  # type: ignore[no-untyped-def]
             offset = key % block_size
             run = min(block_size - offset, end - key)
             values = _page(args, request, kv_head, key)
-            values += (block_size + offset) * head_size * element
+            values += (block_size * head_size + 16 * offset) * element
             done = types.int64(0)
             if tiles:
                 # Whole tiles of 32 keys; the rest may border on garbage.
@@ -277,9 +274,9 @@ def _attend_segment(  # type: ignore[no-untyped-def]
                     weights_half + 2 * (key - begin),
                     weight_bytes // 2,
                     values,
-                    4 * head_size,
                     64,
-                    64 * head_size,
+                    value_tile,
+                    1024,
                     sums,
                     row_bytes,
                     tiles,
@@ -292,9 +289,9 @@ def _attend_segment(  # type: ignore[no-untyped-def]
                     kind,
                     weights + 4 * (key - begin + done),
                     weight_bytes,
-                    values + done * head_size * element,
-                    head_size * element * pair,
+                    values + 16 * done * element,
                     16 * element * pair,
+                    value_tile,
                     sums,
                     row_bytes,
                     rows,
@@ -365,7 +362,8 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
                 )
         zero_row(sums + row * row_bytes, 0, head_size)
         if sink_logits != 0:
-            store_f32(state + 8 * row, load_f32(sink_logits + 4 * head))
+            logit = load_f32(sink_logits + 4 * head) * types.float32(LOG2_E)
+            store_f32(state + 8 * row, logit)
             store_f32(state + 8 * row + 4, types.float32(1))
         else:
             store_f32(state + 8 * row, types.float32(-1e30))
@@ -485,24 +483,28 @@ def _write(args):  # type: ignore[no-untyped-def]
             tile = page + (offset // 16) * 16 * head_size * element
             lane = offset % 16
             values = page + block_size * head_size * element
+            strip = 16 * block_size * element
             if kind == 0:
                 for d in range(head_size):
                     store_i32(tile + 64 * d + 4 * lane, load_i32(key + 4 * d))
-                row = values + offset * head_size * 4
+                row = values + 64 * offset
                 for d in range(head_size):
-                    store_i32(row + 4 * d, load_i32(value + 4 * d))
+                    at = row + (d // 16) * strip + 4 * (d % 16)
+                    store_i32(at, load_i32(value + 4 * d))
             elif kind == 1:
                 for d in range(head_size // 2):
                     store_i32(tile + 64 * d + 4 * lane, load_i32(key + 4 * d))
-                row = values + (offset // 2) * head_size * 4 + 2 * (offset % 2)
+                row = values + 64 * (offset // 2) + 2 * (offset % 2)
                 for d in range(head_size):
-                    store_i16(row + 4 * d, load_i16(value + 2 * d))
+                    at = row + (d // 16) * strip + 4 * (d % 16)
+                    store_i16(at, load_i16(value + 2 * d))
             else:
                 for d in range(head_size):
                     store_i16(tile + 32 * d + 2 * lane, load_i16(key + 2 * d))
-                row = values + offset * head_size * 2
+                row = values + 32 * offset
                 for d in range(head_size):
-                    store_i16(row + 2 * d, load_i16(value + 2 * d))
+                    at = row + (d // 16) * strip + 2 * (d % 16)
+                    store_i16(at, load_i16(value + 2 * d))
 
 
 def _find_parallel() -> Callable[..., Any] | None:
@@ -706,8 +708,8 @@ def read_kv(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
     keys, values = pages.unbind(2)
     shape = (num_blocks, num_kv_heads, block_size, head_size)
     keys = keys.reshape(*shape[:2], block_size // 16, head_size // pair, 16, pair)
-    values = values.reshape(*shape[:2], block_size // pair, head_size, pair)
+    values = values.reshape(*shape[:2], head_size // 16, block_size // pair, 16, pair)
     return (
         keys.permute(0, 1, 2, 4, 3, 5).reshape(shape).clone(),
-        values.permute(0, 1, 2, 4, 3).reshape(shape).clone(),
+        values.permute(0, 1, 3, 5, 2, 4).reshape(shape).clone(),
     )

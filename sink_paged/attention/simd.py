@@ -9,7 +9,8 @@ ones where the CPU has no AVX-512.
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numba
@@ -21,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+LOG2_E = 1.4426950408889634
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 
 _F32, _I64, _I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
@@ -217,31 +219,51 @@ def narrow_row(kind: int, source: int, target: int, count: int, factor: float) -
 # Softmax of one row of logits
 
 
-def _exp(builder: Any, x: Any) -> Any:
-    """e**x for x <= 88 to 1e-7 relative; 0 below -87 (also for -inf)."""
-    tiny = builder.fcmp_ordered("<", x, _const(-87.0))
-    x = builder.select(tiny, _const(-87.0), x)
-    n = _call(
-        builder,
-        "llvm.rint.v16f32",
-        _VEC,
-        builder.fmul(x, _const(1.4426950408889634)),
-    )
-    r = _fma(builder, n, _const(-0.693359375), x)
-    r = _fma(builder, n, _const(2.12194440e-4), r)
-    y = _const(1.9875691500e-4)
+def _exp2(builder: Any, x: Any) -> Any:
+    """2**x of x <= 0 to 2e-7 relative; 0 below -126 (also of -inf)."""
+    normal = builder.fcmp_ordered(">", x, _const(-126.0))
+    x = builder.select(normal, x, _const(-126.0))
+    # Adding 1.5 * 2**23 leaves the nearest integer in the low bits of the mantissa.
+    magic = _const(12582912.0)
+    shifted = builder.fadd(x, magic)
+    r = builder.fsub(x, builder.fsub(shifted, magic))
+    y = _const(1.535336188319500e-4)
     for coefficient in (
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
+        1.339887440266574e-3,
+        9.618437357674640e-3,
+        5.550332471162809e-2,
+        2.402264791363012e-1,
+        6.931472028550421e-1,
+        1.0,
     ):
         y = _fma(builder, y, r, _const(coefficient))
-    y = _fma(builder, builder.fmul(y, r), r, builder.fadd(r, _const(1.0)))
-    exponent = builder.shl(builder.fptosi(n, _VEC_I32), _int_const(23))
+    exponent = builder.shl(builder.bitcast(shifted, _VEC_I32), _int_const(23))
     y = builder.bitcast(builder.add(builder.bitcast(y, _VEC_I32), exponent), _VEC)
-    return builder.select(tiny, _const(0.0), y)
+    return builder.select(normal, y, _const(0.0))
+
+
+def _greater(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _reduce(builder: Any, vector: Any, combine: Callable[..., Any]) -> Any:
+    """Combine the lanes of a vector in a tree."""
+    for half in (8, 4, 2, 1):
+        lanes = [(lane + half) % LANES for lane in range(LANES)]
+        mask = ir.Constant(_VEC_I32, lanes)
+        turned = builder.shuffle_vector(vector, vector, mask)
+        vector = combine(builder, vector, turned)
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+@contextmanager
+def _columns(
+    builder: Any, row: Any, begin: Any, end: Any, shift: int = 2
+) -> Iterator[tuple[Any, Any]]:
+    """Loop over `[begin, end)` in steps of 16, giving column and its address."""
+    step = ir.Constant(_I64, LANES)
+    with cgutils.for_range_slice(builder, begin, end, step) as (column, _):
+        yield column, builder.add(row, builder.shl(column, ir.Constant(_I64, shift)))
 
 
 def _lanes(builder: Any, first: Any) -> Any:
@@ -250,84 +272,76 @@ def _lanes(builder: Any, first: Any) -> Any:
     return builder.add(start, ir.Constant(_VEC_I32, list(range(LANES))))
 
 
-def _inside(builder: Any, columns: Any, begin: Any, end: Any) -> Any:
+def _emit_mask(builder: Any, row: Any, column: Any, begin: Any, end: Any) -> None:
+    address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
+    columns = _lanes(builder, column)
     begin = _splat(builder, builder.trunc(begin, _I32))
     end = _splat(builder, builder.trunc(end, _I32))
-    return builder.and_(
+    inside = builder.and_(
         builder.icmp_signed(">=", columns, begin),
         builder.icmp_signed("<", columns, end),
     )
+    x = builder.select(inside, _load(builder, address, _VEC), _const(-np.inf))
+    _store(builder, x, address)
 
 
-def _make_logits(general: bool) -> Callable[..., Any]:
-    def emit(
-        builder: Any,
-        row: Any,
-        begin: Any,
-        end: Any,
-        scale: Any,
-        cap: Any,
-        slope: Any,
-        shift: Any,
-    ) -> Any:
-        stop = builder.and_(
-            builder.add(end, ir.Constant(_I64, LANES - 1)), ir.Constant(_I64, -LANES)
-        )
-        start = builder.and_(begin, ir.Constant(_I64, -LANES))
-        scale = _splat(builder, scale)
-        lowest = _const(-np.inf)
-        largest = cgutils.alloca_once_value(builder, lowest)
-        with cgutils.for_range_slice(
-            builder, start, stop, ir.Constant(_I64, LANES)
-        ) as (column, _):
-            address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
-            x = builder.fmul(_load(builder, address, _VEC), scale)
-            columns = _lanes(builder, column)
-            if general:
-                x = _cap_and_bias(builder, x, columns, cap, slope, shift)
-            x = builder.select(_inside(builder, columns, begin, end), x, lowest)
-            _store(builder, x, address)
-            previous = builder.load(largest)
-            greater = builder.fcmp_ordered(">", x, previous)
-            builder.store(builder.select(greater, x, previous), largest)
-        return _call(
-            builder, "llvm.vector.reduce.fmax.v16f32", _F32, builder.load(largest)
-        )
-
-    scalars = (types.float32,) * 4
-    return _intrinsic(
-        types.float32, (_ADDRESS, types.int64, types.int64, *scalars), emit
-    )
+# `mask(row, column, begin, end)`: of the 16 logits from `column`, set those outside
+# `[begin, end)` to -inf.
+mask = _intrinsic(types.void, (_ADDRESS,) + (types.int64,) * 3, _emit_mask)
 
 
-def _cap_and_bias(
-    builder: Any, x: Any, columns: Any, cap: Any, slope: Any, shift: Any
-) -> Any:
-    """cap * tanh(x / cap) where cap > 0, then + slope * (column + shift)."""
+def _emit_largest(builder: Any, row: Any, begin: Any, end: Any) -> Any:
+    largest = cgutils.alloca_once_value(builder, _const(-np.inf))
+    with _columns(builder, row, begin, end) as (_, address):
+        x = _load(builder, address, _VEC)
+        builder.store(_greater(builder, x, builder.load(largest)), largest)
+    return _reduce(builder, builder.load(largest), _greater)
+
+
+_ROW = (_ADDRESS, types.int64, types.int64)
+largest_of = _intrinsic(types.float32, _ROW, _emit_largest)
+
+
+def _emit_general_logits(
+    builder: Any,
+    row: Any,
+    begin: Any,
+    end: Any,
+    scale: Any,
+    cap: Any,
+    slope: Any,
+    shift: Any,
+) -> None:
     zero = ir.Constant(_F32, 0.0)
     capped = builder.fcmp_ordered(">", cap, zero)
     limit = _splat(builder, builder.select(capped, cap, ir.Constant(_F32, 1.0)))
-    ratio = builder.fdiv(x, limit)
-    # tanh is odd; its exponential form is exact to float32 for negative arguments.
-    magnitude = _call(builder, "llvm.fabs.v16f32", _VEC, ratio)
-    decay = _exp(builder, builder.fmul(magnitude, _const(-2.0)))
+    with _columns(builder, row, begin, end) as (column, address):
+        x = builder.fmul(_load(builder, address, _VEC), _splat(builder, scale))
+        tanh = _tanh(builder, builder.fdiv(x, limit))
+        x = builder.select(capped, builder.fmul(tanh, limit), x)
+        distance = builder.sitofp(_lanes(builder, column), _VEC)
+        distance = builder.fadd(distance, _splat(builder, shift))
+        x = _fma(builder, _splat(builder, slope), distance, x)
+        _store(builder, builder.fmul(x, _const(LOG2_E)), address)
+
+
+def _tanh(builder: Any, x: Any) -> Any:
+    magnitude = _call(builder, "llvm.fabs.v16f32", _VEC, x)
+    decay = _exp2(builder, builder.fmul(magnitude, _const(-2.0 * LOG2_E)))
     one = _const(1.0)
     tanh = builder.fdiv(builder.fsub(one, decay), builder.fadd(one, decay))
-    tanh = _call(builder, "llvm.copysign.v16f32", _VEC, tanh, ratio)
-    # 1 - exp(-2x) cancels near 0, where x - x**3/3 is better.
-    square = builder.fmul(ratio, ratio)
-    cubic = builder.fmul(square, _const(-1.0 / 3.0))
-    series = _fma(builder, _fma(builder, square, _const(2.0 / 15.0), _const(-1.0 / 3.0)),
-                         builder.fmul(square, ratio), ratio)
+    tanh = _call(builder, "llvm.copysign.v16f32", _VEC, tanh, x)
+    # 1 - exp(-2x) cancels near 0; the Taylor series does not.
+    square = builder.fmul(x, x)
+    series = _fma(builder, square, _const(2.0 / 15.0), _const(-1.0 / 3.0))
+    series = _fma(builder, series, builder.fmul(square, x), x)
     small = builder.fcmp_ordered("<", magnitude, _const(0.05))
-    tanh = builder.select(small, series, tanh)
-    x = builder.select(capped, builder.fmul(tanh, limit), x)
-    distance = builder.fadd(builder.sitofp(columns, _VEC), _splat(builder, shift))
-    return _fma(builder, _splat(builder, slope), distance, x)
+    return builder.select(small, series, tanh)
 
 
-plain_logits = _make_logits(general=False)
-general_logits = _make_logits(general=True)
+# `general_logits(row, begin, end, scale, cap, slope, shift)`, in place: scaled, capped
+# where cap > 0, `+ slope * (column + shift)`, in units of log 2.
+general_logits = _intrinsic(types.void, (*_ROW, *(types.float32,) * 4), _emit_general_logits)
 
 
 def _emit_exponentials(
@@ -335,46 +349,37 @@ def _emit_exponentials(
     row: Any,
     begin: Any,
     end: Any,
+    factor: Any,
     largest: Any,
     copy: Any = None,
 ) -> Any:
-    largest = _splat(builder, largest)
+    largest, factor = _splat(builder, builder.fneg(largest)), _splat(builder, factor)
     total = cgutils.alloca_once_value(builder, _const(0.0))
-    with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, LANES)) as (
-        column,
-        _,
-    ):
-        address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
-        y = _exp(builder, builder.fsub(_load(builder, address, _VEC), largest))
+    with _columns(builder, row, begin, end) as (column, address):
+        x = _fma(builder, _load(builder, address, _VEC), factor, largest)
+        y = _exp2(builder, x)
         _store(builder, y, address)
         if copy is not None:
             at = builder.add(copy, builder.shl(column, ir.Constant(_I64, 1)))
             _store(builder, _narrow(builder, BFLOAT16, y), at)
         builder.store(builder.fadd(builder.load(total), y), total)
-    # A tree, not a chain, of additions.
-    vector = builder.load(total)
-    for half in (8, 4, 2, 1):
-        lanes = [(lane + half) % LANES for lane in range(LANES)]
-        mask = ir.Constant(_VEC_I32, lanes)
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, mask))
-    return builder.extract_element(vector, ir.Constant(_I32, 0))
+    return _reduce(builder, builder.load(total), lambda b, x, y: b.fadd(x, y))
 
 
-_ROW = (_ADDRESS, types.int64, types.int64)
-exponentials = _intrinsic(types.float32, (*_ROW, types.float32), _emit_exponentials)
+# `exponentials(row, begin, end, factor, largest)`, in place: 2**(factor * x - largest);
+# returns their sum.
+exponentials = _intrinsic(
+    types.float32, (*_ROW, types.float32, types.float32), _emit_exponentials
+)
 # The last argument is the address of a second, bfloat16 copy of the row.
 exponentials_twice = _intrinsic(
-    types.float32, (*_ROW, types.float32, _ADDRESS), _emit_exponentials
+    types.float32, (*_ROW, types.float32, types.float32, _ADDRESS), _emit_exponentials
 )
 
 
 def _zero_row(vector: Any, shift: int) -> Callable[..., Any]:
     def emit(builder: Any, row: Any, begin: Any, end: Any) -> None:
-        with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, LANES)) as (
-            column,
-            _,
-        ):
-            address = builder.add(row, builder.shl(column, ir.Constant(_I64, shift)))
+        with _columns(builder, row, begin, end, shift) as (_, address):
             _store(builder, ir.Constant(vector, None), address)
 
     return _intrinsic(types.void, _ROW, emit)
@@ -386,10 +391,7 @@ zero_half_row = _zero_row(_VEC_I16, 1)
 
 def _emit_scale_row(builder: Any, row: Any, count: Any, factor: Any) -> None:
     factor = _splat(builder, factor)
-    with cgutils.for_range_slice(
-        builder, ir.Constant(_I64, 0), count, ir.Constant(_I64, LANES)
-    ) as (column, _):
-        address = builder.add(row, builder.shl(column, ir.Constant(_I64, 2)))
+    with _columns(builder, row, ir.Constant(_I64, 0), count) as (_, address):
         _store(builder, builder.fmul(_load(builder, address, _VEC), factor), address)
 
 
@@ -398,13 +400,13 @@ scale_row = _intrinsic(
 )
 
 
-def _emit_exp(builder: Any, x: Any) -> Any:
+def _emit_exp2(builder: Any, x: Any) -> Any:
     return builder.extract_element(
-        _exp(builder, _splat(builder, x)), ir.Constant(_I32, 0)
+        _exp2(builder, _splat(builder, x)), ir.Constant(_I32, 0)
     )
 
 
-exp = _intrinsic(types.float32, (types.float32,), _emit_exp)
+exp2 = _intrinsic(types.float32, (types.float32,), _emit_exp2)
 
 
 # Register-tiled matrix product
@@ -585,6 +587,7 @@ def _has_amx() -> bool:
 
 
 HAS_AMX = _has_amx()
+PREFETCH_BYTES = 4096
 
 
 def _tile_call(builder: Any, name: str, *values: Any) -> None:
@@ -625,6 +628,20 @@ def _tile(number: int) -> Any:
     return ir.Constant(ir.IntType(8), number)
 
 
+def _prefetch_tiles(
+    builder: Any, address: Any, vectors: int, vector_stride: Any
+) -> None:
+    """Few query rows read the cache once: memory is the limit, and is asked early."""
+    flags = [ir.Constant(_I32, n) for n in (0, 3, 1)]
+    for v in range(vectors):
+        strip = builder.mul(vector_stride, ir.Constant(_I64, v))
+        for line in range(16):
+            ahead = ir.Constant(_I64, PREFETCH_BYTES + 64 * line)
+            at = builder.add(builder.add(address, strip), ahead)
+            pointer = _bytes_pointer(builder, at)
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+
+
 def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
     """Emit `C[16 * rows, 16 * vectors] (+)= A[., 32 * depth] @ B`; tiles 0-3 are C."""
     a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, depth, accumulate = args
@@ -648,6 +665,8 @@ def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
     with cgutils.for_range(builder, depth) as loop:
         step_a = builder.add(a, builder.mul(loop.index, ir.Constant(_I64, 64)))
         step_b = builder.add(b, builder.mul(loop.index, depth_stride))
+        if rows == 1:
+            _prefetch_tiles(builder, step_b, vectors, vector_stride)
         for v in range(vectors):
             source = at(step_b, v, vector_stride)
             _tile_call(builder, "tileloadd64", _tile(6 + v), source, row_stride)

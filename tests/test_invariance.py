@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same text gives the same losses and tokens, however it was scheduled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm import LLM
+
+from sink_paged.window import BlockWindow, SinkWindow
+from tests.engines import (
+    core,
+    engine,
+    generate,
+    greedy,
+    kv_cache_manager,
+    make_llama,
+    pool_is_empty,
+    prompt_losses,
+    worst,
+)
+
+SINKS = (4, 60)
+BLOCK_SIZE = 16
+MAX_BATCHED = 1024
+TOLERANCE = 1e-4
+READ = greedy(1, prompt_logprobs=0)
+
+
+def text(length: int, seed: int) -> list[int]:
+    return [256, *((7919 * i * i + 31 * seed * i) % 256 for i in range(1, length))]
+
+
+TEXT = text(700, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with engine(
+        model, SINKS, block_size=BLOCK_SIZE, max_num_batched_tokens=MAX_BATCHED
+    ) as llm:
+        yield llm
+
+
+@dataclasses.dataclass
+class Undisturbed:
+    """One stream alone, in one chunk, with a cold cache."""
+
+    losses: list[float]
+    tokens: list[int]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llm: LLM) -> Undisturbed:
+    read = generate(llm, [TEXT], READ)[0]
+    written = continuation(llm, [TEXT])[0]
+    return Undisturbed(prompt_losses(read), written)
+
+
+def continuation(llm: LLM, prompts: list[list[int]], count: int = 150) -> list[list[int]]:
+    outputs = generate(llm, prompts, greedy(count))
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def forget(llm: LLM) -> None:
+    """Empty the prefix cache."""
+    assert pool_is_empty(llm)
+    assert llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("chunk", [16, 37, 1024])
+def test_prefill_chunks(llm: LLM, undisturbed: Undisturbed, chunk: int) -> None:
+    forget(llm)
+    scheduler = core(llm).scheduler
+    assert scheduler.scheduler_config.long_prefill_token_threshold == 0
+    scheduler.scheduler_config.long_prefill_token_threshold = chunk
+    try:
+        read = generate(llm, [TEXT], READ)[0]
+        forget(llm)
+        written = continuation(llm, [TEXT])[0]
+    finally:
+        scheduler.scheduler_config.long_prefill_token_threshold = 0
+    assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
+    assert written == undisturbed.tokens
+
+
+def test_among_others(llm: LLM, undisturbed: Undisturbed) -> None:
+    forget(llm)
+    lengths = [1, 5, 64, 65, 200, 333, 1500]
+    prompts = [TEXT, *(text(length, seed=length) for length in lengths)]
+    read = generate(llm, prompts, READ)[0]
+    assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
+    forget(llm)
+    assert continuation(llm, prompts)[0] == undisturbed.tokens
+    assert pool_is_empty(llm)
+
+
+def test_prefix_cache_hit_after_eviction(llm: LLM, undisturbed: Undisturbed) -> None:
+    """A chat turn resends its history, long past the window: the hit spans it."""
+    forget(llm)
+    cold = generate(llm, [TEXT], greedy(150))[0]
+    assert not cold.num_cached_tokens
+    hit = generate(llm, [TEXT], greedy(150))[0]
+    assert hit.num_cached_tokens == (len(TEXT) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    answer = list(cold.outputs[0].token_ids)
+    assert answer == list(hit.outputs[0].token_ids) == undisturbed.tokens
+
+    again = [*TEXT, *answer]
+    turn = generate(llm, [[*again, 65, 66]], greedy(60))[0]
+    assert turn.num_cached_tokens > len(TEXT) + 100
+    forget(llm)
+    assert continuation(llm, [[*again, 65, 66]], 60)[0] == list(turn.outputs[0].token_ids)
+
+
+def test_blocks_are_bounded(llm: LLM) -> None:
+    """One request 40 windows long never holds more than the bound, and frees it all."""
+    forget(llm)
+    policy = BlockWindow(SinkWindow(*SINKS), BLOCK_SIZE)
+    length = 40 * SINKS[1]
+    llm_engine = llm.llm_engine
+    params = greedy(length - 900)
+    llm_engine.add_request("long", {"prompt_token_ids": text(900, 3)}, params)
+    held, decoding = [], []
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+        rows = kv_cache_manager(llm).coordinator.single_type_managers[0].req_to_blocks
+        for row in rows.values():
+            held.append(sum(not block.is_null for block in row))
+            if len(row) * BLOCK_SIZE > 1000:
+                decoding.append(held[-1])
+    assert len(decoding) > length - 1100
+    assert max(held) <= policy.max_blocks(MAX_BATCHED)
+    assert max(decoding) <= policy.max_blocks(1)
+    assert pool_is_empty(llm)
+
+
+# The tests from here on start engines of their own, which ends vLLM's distributed state
+# of this process: the shared engine cannot run after them.
+
+
+def test_prefix_caching_off(model: Path, undisturbed: Undisturbed) -> None:
+    with engine(model, SINKS, enable_prefix_caching=False) as llm:
+        read = generate(llm, [TEXT], READ)[0]
+        assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
+        for _ in range(2):
+            output = generate(llm, [TEXT], greedy(150))[0]
+            assert not output.num_cached_tokens
+            assert list(output.outputs[0].token_ids) == undisturbed.tokens
+
+
+def test_preemption(model: Path) -> None:
+    """A pool for two streams and a half, eight streams that all grow past the window."""
+    prompts = [text(20, seed) for seed in range(7)] + [TEXT[:30]]
+    policy = BlockWindow(SinkWindow(*SINKS), BLOCK_SIZE)
+    blocks = policy.max_blocks(64) * 5 // 2
+    options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
+    with engine(model, SINKS, **options) as llm:
+        roomy = continuation(llm, prompts, 300)
+    crowd = {"num_gpu_blocks_override": blocks, "disable_log_stats": False}
+    with engine(model, SINKS, **crowd, **options) as llm:
+        crowded = generate(llm, prompts, greedy(300))
+        stats = {metric.name: metric for metric in llm.get_metrics()}
+        assert stats["vllm:num_preemptions"].value > 0
+        assert pool_is_empty(llm)
+    assert [list(output.outputs[0].token_ids) for output in crowded] == roomy
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+def test_block_sizes(model: Path, undisturbed: Undisturbed, block_size: int) -> None:
+    with engine(model, SINKS, block_size=block_size) as llm:
+        read = generate(llm, [TEXT], READ)[0]
+        assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
+        assert continuation(llm, [TEXT])[0] == undisturbed.tokens
