@@ -67,7 +67,8 @@ def read_geometry(rotary: nn.Module) -> RotaryGeometry:
             f"its rotary module {type(rotary).__name__} has no cos/sin table to read"
         )
     table = table.detach().to("cpu", torch.float64)
-    amplitude = float(table[0, 0])
+    # Exact where the module names it; the table may be rounded to bfloat16.
+    amplitude = float(getattr(rotary, "mscale", table[0, 0]))
     with torch.device("cpu"):
         for frequencies in _candidate_frequencies(rotary):
             if _explains(table, frequencies, amplitude):
@@ -82,7 +83,7 @@ def read_geometry(rotary: nn.Module) -> RotaryGeometry:
 
 def _candidate_frequencies(rotary: RotaryEmbeddingBase) -> list[Tensor]:
     scaling = getattr(rotary, "scaling_factor", None)
-    factors = [scaling] if isinstance(scaling, (int, float)) else []
+    factors = getattr(rotary, "scaling_factors", [scaling] if scaling else [])
     candidates = []
     for argument in (rotary.base, *factors):
         frequencies = rotary._compute_inv_freq(argument).to(torch.float64)

@@ -331,6 +331,7 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
     tiles = types.int64(0)
     if load_i64(args + AMX) != 0:
         tiles = (rows + 15) // 16
+        begin_tiles(state, min(rows, 16))
     sink_end = min(sinks, last - recent)
 
     for row in range(rows):
@@ -423,8 +424,6 @@ def _attend(args):  # type: ignore[no-untyped-def]
     thread = fetch_add(args + THREAD, 1)
     scratch = load_i64(args + SCRATCH) + thread * load_i64(args + SCRATCH_BYTES)
     request, first_item = types.int64(0), types.int64(0)
-    if load_i64(args + AMX) != 0:
-        begin_tiles(scratch)
     item = fetch_add(args + ITEM, 1)
     while request < num_requests:
         start = load_i32(starts + 4 * request)

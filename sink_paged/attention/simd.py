@@ -587,7 +587,7 @@ def _has_amx() -> bool:
 
 
 HAS_AMX = _has_amx()
-PREFETCH_BYTES = 4096
+PREFETCH_BYTES = 8192
 
 
 def _tile_call(builder: Any, name: str, *values: Any) -> None:
@@ -609,15 +609,18 @@ configure_tiles = _intrinsic(
 
 
 @jit
-def begin_tiles(config: int) -> None:
-    """Configure eight full tiles for this thread; 64 bytes at `config` are scratch."""
+def begin_tiles(config: int, rows: int) -> None:
+    """Configure this thread's tiles, of `rows` <= 16 rows for A and C, 16 for B.
+
+    64 bytes at `config` are scratch.
+    """
     for n in range(16):
         store_i32(config + 4 * n, 0)
     store_i32(config, 1)  # palette
     for n in range(4):
         store_i32(config + 16 + 4 * n, 64 + (64 << 16))  # bytes a row
-    store_i32(config + 48, 0x10101010)  # rows
-    store_i32(config + 52, 0x10101010)
+    store_i32(config + 48, rows * 0x01010101)
+    store_i32(config + 52, rows * 0x0101 + 0x10100000)
     configure_tiles(config)
 
 

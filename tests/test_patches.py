@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches: declared, checked, revertible; and the diffs that make them unnecessary."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vllm
+
+from sink_paged import patches, plugin
+from sink_paged.patching import Patch, PatchError, find
+
+PATCHES = Path(__file__).parents[1] / "patches"
+DIFFS = PATCHES / vllm.__version__.partition("+")[0]
+
+
+def call(original, *args):  # type: ignore[no-untyped-def]
+    return original(*args)
+
+
+def make_patch(**changes: object) -> Patch:
+    fields: dict[str, object] = {
+        "target": "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        "parameters": ("cls", "args"),
+        "wrapper": call,
+        "why": "a test",
+        "upstream": "vllm.plugins:no_such_hook",
+    }
+    return Patch(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_register_is_idempotent_and_revertible() -> None:
+    originals = {}
+    for patch in patches.ALL:
+        patch.revert()
+        originals[patch.target] = find(patch.target)
+    plugin.register()
+    wrapped = {patch.target: find(patch.target) for patch in patches.ALL}
+    plugin.register()
+    for patch in patches.ALL:
+        assert patch.installed()
+        assert find(patch.target) == wrapped[patch.target] != originals[patch.target]
+        patch.revert()
+        assert find(patch.target) == originals[patch.target]
+    plugin.register()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"target": "vllm.engine.arg_utils:EngineArgs.gone"}, "does not exist"),
+        ({"target": "vllm.engine.no_module:f"}, "does not exist"),
+        ({"parameters": ("cls", "other")}, "its parameters are"),
+    ],
+)
+def test_a_changed_vllm_is_refused(change: dict[str, object], problem: str) -> None:
+    patches.ALL[2].revert()
+    with pytest.raises(PatchError, match=problem) as error:
+        make_patch(**change).install()
+    assert vllm.__version__ in str(error.value)
+    patches.ALL[2].install()
+
+
+def test_steps_aside_where_vllm_has_the_hook() -> None:
+    patches.ALL[2].revert()
+    patch = make_patch(upstream="vllm.plugins:load_general_plugins")
+    patch.install()
+    assert not patch.installed()
+    patches.ALL[2].install()
+
+
+def test_every_patch_has_its_index_entry() -> None:
+    index = (PATCHES / "README.md").read_text()
+    for patch in patches.ALL:
+        assert f"`{patch.target}`" in index
+    for diff in DIFFS.iterdir():
+        assert f"`{diff.stem}`" in index
+
+
+CHECK = """
+import sys, vllm
+from sink_paged import patches, plugin
+from sink_paged.config import StreamLength
+plugin.register()
+plugin.register()
+assert vllm.__file__.startswith(sys.argv[1]), vllm.__file__
+wrapped = [patch.target for patch in patches.ALL if patch.installed()]
+assert not wrapped, wrapped
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+args = parser.parse_args(
+    ["--model", sys.argv[2], "--sink-eviction", "--sink-window", "99"]
+)
+config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+assert config.additional_config["sink_paged"] == {
+    "sink_tokens": 4, "window_tokens": 99
+}
+assert isinstance(config.model_config.max_model_len, StreamLength)
+assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[2], skip_tokenizer_init=True, enforce_eager=True,
+          kv_cache_memory_bytes=1 << 27, additional_config={"sink_paged": {}})
+prompt = {"prompt_token_ids": [256] + [5] * 299}
+for max_tokens, expected in ((3, 3), (None, 255)):
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    assert len(output.token_ids) == expected, len(output.token_ids)
+print("works unpatched")
+"""
+
+
+def test_diffs_replace_the_patches(tmp_path: Path) -> None:
+    """Applied to a copy of the installed vLLM, nothing is wrapped and all works."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    installed = Path(spec.origin).parent
+    copy = tmp_path / "vllm"
+    subprocess.run(["cp", "-rs", installed, copy], check=True)
+    for diff in sorted(DIFFS.glob("*.patch")):
+        name = diff.read_text().splitlines()[0].removeprefix("--- a/")
+        target = tmp_path / name
+        source = target.resolve()
+        target.unlink()
+        shutil.copy(source, target)
+        for cached in target.parent.glob(f"__pycache__/{target.stem}.*"):
+            cached.unlink()
+        subprocess.run(["git", "apply", "-p1", diff], cwd=tmp_path, check=True)
+    model = Path(__file__).parent / "data" / "llama_mha"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, tmp_path, model],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "works unpatched" in done.stdout, done.stdout + done.stderr
