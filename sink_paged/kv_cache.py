@@ -83,10 +83,20 @@ class SinkWindowSpec(SlidingWindowSpec):
 class SinkWindowManager(SingleTypeKVCacheManager):
     """Allocates, frees and finds the blocks of streams with sinks and a window."""
 
-    def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kv_cache_spec: SinkWindowSpec,
+        max_admission_blocks_per_request: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         """See ``SingleTypeKVCacheManager``."""
-        super().__init__(kv_cache_spec, **kwargs)
+        super().__init__(
+            kv_cache_spec,
+            max_admission_blocks_per_request=max_admission_blocks_per_request,
+            **kwargs,
+        )
         self.blocks = kv_cache_spec.blocks
+        self.admission_cap = max_admission_blocks_per_request
 
     def get_num_blocks_to_allocate(
         self,
@@ -104,8 +114,8 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         if held:
             return max(cdiv(num_tokens, self.block_size) - len(held), 0)
         needed = self.blocks.resident_blocks(total_computed_tokens, num_tokens)
-        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
-            needed = min(needed, self.max_admission_blocks_per_request)
+        if apply_admission_cap and self.admission_cap is not None:
+            needed = min(needed, self.admission_cap)
         num_hits = sum(not block.is_null for block in new_computed_blocks)
         evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
         return max(needed - num_hits, 0) + evictable
@@ -201,6 +211,10 @@ class SinkWindowManager(SingleTypeKVCacheManager):
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens before the window; the sinks among them stay resident."""
         return max(0, num_computed_tokens - self.blocks.window.window_tokens)
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """No cascade attention (asked for up to vLLM 0.31)."""
+        return 0
 
 
 def register() -> None:

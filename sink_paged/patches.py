@@ -117,5 +117,6 @@ ALL = (
         wrapper=_register_triton_kernel_overrides,
         why="a second engine in one process fails once llvmlite is loaded",
         upstream="vllm.triton_utils.dispatcher:instance_dict",
+        since="0.31",
     ),
 )

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import vllm
+from packaging.version import Version
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -45,6 +47,7 @@ class Patch:
         wrapper: called as ``wrapper(original, *args, **kwargs)``.
         why: what has no hook, in a line.
         upstream: ``module:qualified.name`` that exists where vLLM has the hook.
+        since: the first vLLM that has the target; older ones need no patch.
     """
 
     target: str
@@ -52,6 +55,7 @@ class Patch:
     wrapper: Callable[..., Any]
     why: str
     upstream: str
+    since: str = "0"
 
     def install(self) -> None:
         """Wrap the target, unless it is wrapped or vLLM has the hook.
@@ -59,6 +63,8 @@ class Patch:
         Raises:
             PatchError: when the target is missing or has other parameters.
         """
+        if Version(vllm.__version__) < Version(self.since):
+            return
         if find(self.upstream) is not None:
             logger.debug("vLLM has %s: %s is not patched", self.upstream, self.target)
             return
@@ -106,8 +112,6 @@ class Patch:
         return owner, name
 
     def _message(self, problem: str) -> str:
-        import vllm
-
         return (
             f"sink_paged cannot hook {self.target} of vLLM {vllm.__version__} "
             f"({self.why}): {problem}"

@@ -361,7 +361,10 @@ def _emit_exponentials(
         _store(builder, y, address)
         if copy is not None:
             at = builder.add(copy, builder.shl(column, ir.Constant(_I64, 1)))
-            _store(builder, _narrow(builder, BFLOAT16, y), at)
+            # Weights are not negative: ties away from zero cost two steps less.
+            bits = builder.add(builder.bitcast(y, _VEC_I32), _int_const(0x8000))
+            high = builder.lshr(bits, _int_const(16))
+            _store(builder, builder.trunc(high, _VEC_I16), at)
         builder.store(builder.fadd(builder.load(total), y), total)
     return _reduce(builder, builder.load(total), lambda b, x, y: b.fadd(x, y))
 
@@ -498,9 +501,6 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
             write(sums)
 
 
-ROW_TILES, VECTOR_TILES = (4, 2, 1), (4, 2, 1)
-
-
 def _emit_variants(
     builder: Any,
     case: Any,
@@ -530,7 +530,10 @@ def _emit_variants(
 def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) -> None:
     tiles = builder.add(builder.mul(rows, ir.Constant(_I64, 10)), vectors)
     case = builder.add(builder.mul(kind, ir.Constant(_I64, 100)), tiles)
-    keys = itertools.product(range(3), ROW_TILES, VECTOR_TILES)
+    keys = [
+        *itertools.product(range(3), (4, 2, 1), (4, 2, 1)),
+        *itertools.product((FLOAT16,), (8,), (2, 1)),
+    ]
     variants = {
         100 * kind + 10 * rows + vectors: functools.partial(
             _product, kind=kind, rows=rows, vectors=vectors
@@ -554,12 +557,16 @@ def multiply(  # type: ignore[no-untyped-def]
     lane side by side, `depth_stride` for both; of an odd depth the second element of the
     last pair is not used. Strides are bytes. `keep = 0` overwrites C.
     """
+    # float16 costs a conversion a load, which more rows share.
+    tall = kind == FLOAT16 and rows >= 8
     v = 0
     while v < vectors:
-        width = 4 if v + 4 <= vectors else (2 if v + 2 <= vectors else 1)
+        width = 4 if v + 4 <= vectors and not tall else (2 if v + 2 <= vectors else 1)
         r = 0
         while r < rows:
             height = 4 if r + 4 <= rows else (2 if r + 2 <= rows else 1)
+            if tall and r + 8 <= rows:
+                height = 8
             _product_tile(
                 kind,
                 height,
