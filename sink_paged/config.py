@@ -2,7 +2,8 @@
 """What the user may set, validated.
 
 The settings live in ``additional_config["sink_paged"]`` of a vLLM config, the one place
-that reaches every process of vLLM; the command-line flags only fill it in.
+that reaches every process of vLLM; the command-line flags only fill it in. What they
+mean for a model is resolved once, beside them.
 """
 
 from __future__ import annotations
@@ -14,33 +15,10 @@ from typing import Any, Self
 from sink_paged.window import SinkWindow
 
 CONFIG_KEY = "sink_paged"
+RESOLVED_KEY = "sink_paged_resolved"
 DEFAULT_SINK_TOKENS = 4
 MAX_STREAM_TOKENS = 2**31 - 1
 """Longest text of a stream: vLLM counts tokens in int32."""
-
-
-class StreamLength(int):
-    """vLLM's ``max_model_len`` of a streaming engine: the longest text, as an int.
-
-    vLLM refuses prompts, stops requests and caps outputs at ``max_model_len``. With
-    sink eviction the text may go on to the int32 limit, while the user's
-    ``--max-model-len`` bounds the resident tokens; this number carries both.
-
-    Attributes:
-        resident_tokens: what the user's ``--max-model-len`` said.
-    """
-
-    resident_tokens: int
-
-    def __new__(cls, resident_tokens: int) -> Self:
-        """Make the stream length of an engine with that resident bound."""
-        length = super().__new__(cls, MAX_STREAM_TOKENS)
-        length.resident_tokens = resident_tokens
-        return length
-
-    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
-        """Pickle by the resident bound: other processes get the same two numbers."""
-        return type(self), (self.resident_tokens,)
 
 
 @dataclass(frozen=True)
@@ -106,6 +84,51 @@ class SinkConfig:
                 f"[1, {max(1, max_model_len - self.sink_tokens - 1)}], got {window}"
             )
         return SinkWindow(self.sink_tokens, window)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The settings as resolved for a model; its presence makes an engine a streaming one.
+
+    Attributes:
+        window: the cache config.
+        resident_tokens: what the user's ``--max-model-len`` said, the bound on a
+            stream's resident tokens. vLLM's own ``max_model_len`` is then the longest
+            text, ``MAX_STREAM_TOKENS``.
+    """
+
+    window: SinkWindow
+    resident_tokens: int
+
+    def store(self, additional_config: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of ``additional_config`` that carries this to vLLM's processes."""
+        numbers = [
+            self.window.sink_tokens,
+            self.window.window_tokens,
+            self.resident_tokens,
+        ]
+        return {**additional_config, RESOLVED_KEY: numbers}
+
+    @classmethod
+    def load(cls, additional_config: Any) -> Self | None:
+        """What ``store`` wrote, or None for an engine without sink eviction."""
+        if not isinstance(additional_config, Mapping):
+            return None
+        numbers = additional_config.get(RESOLVED_KEY)
+        if numbers is None:
+            return None
+        sink_tokens, window_tokens, resident_tokens = numbers
+        return cls(SinkWindow(sink_tokens, window_tokens), resident_tokens)
+
+    def default_max_tokens(self, prompt_tokens: int) -> int:
+        """Output tokens of a request that names no ``max_tokens``.
+
+        As a stock server of ``--max-model-len N`` would cap it: what the prompt leaves
+        of ``N``. For a prompt that such a server would refuse, the most that it could
+        give to any.
+        """
+        left = self.resident_tokens - prompt_tokens
+        return left if left > 0 else max(1, self.resident_tokens - 1)
 
 
 def sink_settings(additional_config: Any) -> Any | None:

@@ -2,7 +2,7 @@
 """Turns a vLLM engine config into that of a streaming engine, or refuses.
 
 The whole switch is here: the resolved cache config goes into ``additional_config``,
-``max_model_len`` becomes a :class:`StreamLength`, and the attention backend and the
+``max_model_len`` becomes the longest text of a stream, and the attention backend and the
 worker are the extension's. Everything else reads those.
 """
 
@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from sink_paged.config import CONFIG_KEY, SinkConfig, StreamLength
+from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
 
 logger = init_logger(__name__)
 
@@ -54,16 +54,11 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     """
     _check_settings(vllm_config)
     model_config = vllm_config.model_config
-    resident = int(model_config.max_model_len)
+    resident = model_config.max_model_len
     window = config.resolve(resident)
-    vllm_config.additional_config = {
-        **vllm_config.additional_config,
-        CONFIG_KEY: {
-            "sink_tokens": window.sink_tokens,
-            "window_tokens": window.window_tokens,
-        },
-    }
-    model_config.max_model_len = StreamLength(resident)
+    stream = StreamConfig(window, resident)
+    vllm_config.additional_config = stream.store(vllm_config.additional_config)
+    model_config.max_model_len = MAX_STREAM_TOKENS
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
     vllm_config.parallel_config.worker_cls = CPU_WORKER
     logger.info(
@@ -73,16 +68,6 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
         window.window_tokens,
         window.capacity + 1,
     )
-
-
-def default_max_tokens(length: StreamLength, prompt_tokens: int) -> int:
-    """Output tokens of a request that names no ``max_tokens``.
-
-    As a stock server of ``--max-model-len N`` would cap it: what the prompt leaves of
-    ``N``. For a prompt that such a server would refuse, the most that it could give.
-    """
-    left = length.resident_tokens - prompt_tokens
-    return left if left > 0 else max(1, length.resident_tokens - 1)
 
 
 def _check_settings(vllm_config: VllmConfig) -> None:

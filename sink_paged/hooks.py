@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 from sink_paged.cli import add_arguments, merge_settings, settings_from_arguments
-from sink_paged.config import SinkConfig, StreamLength, sink_settings
+from sink_paged.config import SinkConfig, StreamConfig, sink_settings
 
 
 class EngineHooks:
@@ -47,24 +47,22 @@ class EngineHooks:
             config = SinkConfig.from_mapping(settings)
             engine.enable_sink_eviction(vllm_config, config)
 
-    def update_request(self, model_config: Any, request: Any) -> None:
+    def update_request(self, vllm_config: Any, request: Any) -> None:
         """Cap a request that names no ``max_tokens`` as a stock server would.
 
         vLLM gives such a request what is left of ``max_model_len``, which for a stream
         is no bound at all.
         """
-        length = model_config.max_model_len
+        stream = StreamConfig.load(vllm_config.additional_config)
         sampling = request.sampling_params
-        if not isinstance(length, StreamLength) or sampling is None:
+        if stream is None or sampling is None:
             return
         from vllm.exceptions import VLLMValidationError
 
-        from sink_paged.engine import default_max_tokens
-
         prompt_tokens = len(request.prompt_token_ids)
-        if sampling.max_tokens < length - prompt_tokens:
+        if sampling.max_tokens < vllm_config.model_config.max_model_len - prompt_tokens:
             return
-        sampling.max_tokens = default_max_tokens(length, prompt_tokens)
+        sampling.max_tokens = stream.default_max_tokens(prompt_tokens)
         if sampling.min_tokens > sampling.max_tokens:
             raise VLLMValidationError(
                 f"min_tokens={sampling.min_tokens} is above {sampling.max_tokens}, the "

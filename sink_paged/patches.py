@@ -43,7 +43,7 @@ def _process_inputs(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
     request = original(self, *args, **kwargs)
-    HOOKS.update_request(self.model_config, request)
+    HOOKS.update_request(self.vllm_config, request)
     return request
 
 

@@ -10,25 +10,28 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from sink_paged.attention.backend import configured_window
-from sink_paged.config import StreamLength
+from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec
 from sink_paged.model_runner import bind_rotations, enable_streams
 from sink_paged.rotary import UnsupportedLayerError
 
 
+def stream_config(vllm_config: VllmConfig) -> StreamConfig:
+    """The resolved settings of a streaming engine."""
+    stream = StreamConfig.load(vllm_config.additional_config)
+    assert stream is not None, "this worker is chosen by sink eviction only"
+    return stream
+
+
 def resident_config(vllm_config: VllmConfig) -> VllmConfig:
     """``vllm_config`` with ``max_model_len`` as the user gave it.
 
-    The front end and the scheduler see the stream limit there; the worker, whose
+    The front end and the scheduler see the longest text there; the worker, whose
     models and buffers are sized by it, must see the resident bound.
     """
-    length = vllm_config.model_config.max_model_len
-    if not isinstance(length, StreamLength):
-        return vllm_config
     resident = copy.copy(vllm_config)
     resident.model_config = copy.copy(vllm_config.model_config)
-    resident.model_config.max_model_len = length.resident_tokens
+    resident.model_config.max_model_len = stream_config(vllm_config).resident_tokens
     return resident
 
 
@@ -46,7 +49,7 @@ class SinkCPUWorker(CPUWorker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The layers' caches, kept by the sink and window policy."""
-        window = configured_window(self.vllm_config)
+        window = stream_config(self.vllm_config).window
         specs = {}
         for name, spec in super().get_kv_cache_spec().items():
             if type(spec) is not FullAttentionSpec:
@@ -56,6 +59,21 @@ class SinkCPUWorker(CPUWorker):
                 )
             specs[name] = SinkWindowSpec.from_full_attention(spec, window)
         return specs
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample; requests still in their prompt keep their random state.
+
+        vLLM draws for them too and then winds their generators back, which CPU
+        generators cannot. Here they are out of its sight until it is done.
+        """
+        runner = self.model_runner
+        generators = runner.input_batch.generators
+        unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        kept = {row: generators.pop(row) for row in list(generators) if unfinished[row]}
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            generators.update(kept)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""

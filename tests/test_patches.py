@@ -84,7 +84,7 @@ def test_every_patch_has_its_index_entry() -> None:
 CHECK = """
 import sys, vllm
 from sink_paged import patches, plugin
-from sink_paged.config import StreamLength
+from sink_paged.config import StreamConfig
 plugin.register()
 plugin.register()
 assert vllm.__file__.startswith(sys.argv[1]), vllm.__file__
@@ -99,10 +99,9 @@ args = parser.parse_args(
     ["--model", sys.argv[2], "--sink-eviction", "--sink-window", "99"]
 )
 config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-assert config.additional_config["sink_paged"] == {
-    "sink_tokens": 4, "window_tokens": 99
-}
-assert isinstance(config.model_config.max_model_len, StreamLength)
+stream = StreamConfig.load(config.additional_config)
+assert stream.window.window_tokens == 99
+assert config.model_config.max_model_len == 2**31 - 1
 assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[2], skip_tokenizer_init=True, enforce_eager=True,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -26,9 +26,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from sink_paged.attention.cpu import sink_attention, write_kv
-from sink_paged.config import SinkConfig, sink_settings
+from sink_paged.config import StreamConfig
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
-from sink_paged.window import SinkWindow
 
 
 @dataclass
@@ -111,7 +110,9 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         self.alibi_slopes = alibi_slopes
         self.logits_soft_cap = logits_soft_cap
         self.sinks = sinks
-        self.window = configured_window(get_current_vllm_config())
+        stream = StreamConfig.load(get_current_vllm_config().additional_config)
+        assert stream is not None, "this backend is chosen by sink eviction only"
+        self.window = stream.window
         self.rotations: StepRotations | None = None
 
     def check_supported(self) -> None:
@@ -239,10 +240,3 @@ class SinkAttentionBackend(AttentionBackend):
     def get_builder_cls() -> type[SinkAttentionMetadataBuilder]:
         """The metadata builder."""
         return SinkAttentionMetadataBuilder
-
-
-def configured_window(vllm_config: VllmConfig) -> SinkWindow:
-    """The cache config that ``sink_paged.engine`` resolved into the vLLM config."""
-    config = SinkConfig.from_mapping(sink_settings(vllm_config.additional_config))
-    assert config.window_tokens is not None, "the engine config was not resolved"
-    return SinkWindow(config.sink_tokens, config.window_tokens)

@@ -55,12 +55,12 @@ from sink_paged.attention.simd import (
 from sink_paged.window import SinkWindow
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE_ROWS = 128
+TILE_ROWS = 128  # of a query tile, which reads the keys once
 CHUNK = 256  # keys that share one softmax update
 
 # One call's arguments as the kernel reads them: 8 bytes each, addresses, strides in
 # bytes and counts, the last two float64. The threads advance the first two.
-_ARGUMENTS = struct.Struct("@36q2d")
+_ARGUMENTS = struct.Struct("@35q2d")
 (
     ITEM,
     THREAD,
@@ -97,14 +97,20 @@ _ARGUMENTS = struct.Struct("@36q2d")
     SCRATCH,
     SCRATCH_BYTES,
     AMX,
-    SPARE,
     SCALE,
     SOFT_CAP,
 ) = range(0, _ARGUMENTS.size, 8)
 
 
 @jit
-def _rotate_row(source, target, angles, head_size, rotary_dim, interleaved):  # type: ignore[no-untyped-def]
+def _rotate_row(
+    source: int,
+    target: int,
+    angles: int,
+    head_size: int,
+    rotary_dim: int,
+    interleaved: bool,
+) -> None:
     half = rotary_dim // 2
     for k in range(rotary_dim, head_size):
         store_f32(target + 4 * k, load_f32(source + 4 * k))
@@ -118,7 +124,7 @@ def _rotate_row(source, target, angles, head_size, rotary_dim, interleaved):  # 
 
 
 @jit
-def _page(args, request, kv_head, key):  # type: ignore[no-untyped-def]
+def _page(args: int, request: int, kv_head: int, key: int) -> int:
     """Address of the page that holds text position `key`."""
     block_size, sinks = load_i64(args + BLOCK_SIZE), load_i64(args + SINKS)
     num_columns = load_i64(args + COLUMNS)
@@ -129,29 +135,31 @@ def _page(args, request, kv_head, key):  # type: ignore[no-untyped-def]
     row = load_i64(args + TABLE) + request * load_i64(args + TABLE_ROW)
     number = types.int64(load_i32(row + 4 * column))
     return (
-        load_i64(args + CACHE) + number * load_i64(args + CACHE_BLOCK) + kv_head * load_i64(args + CACHE_HEAD)
+        load_i64(args + CACHE)
+        + number * load_i64(args + CACHE_BLOCK)
+        + kv_head * load_i64(args + CACHE_HEAD)
     )
 
 
 @jit
-def _attend_segment(  # type: ignore[no-untyped-def]
-    args,
-    request,
-    kv_head,
-    position,
-    first_head,
-    rows,
-    is_sink,
-    key_begin,
-    key_end,
-    query,
-    query_half,
-    tiles,
-    weights,
-    weights_half,
-    sums,
-    state,
-):
+def _attend_segment(
+    args: int,
+    request: int,
+    kv_head: int,
+    position: int,
+    first_head: int,
+    rows: int,
+    is_sink: bool,
+    key_begin: int,
+    key_end: int,
+    query: int,
+    query_half: int,
+    tiles: int,
+    weights: int,
+    weights_half: int,
+    sums: int,
+    state: int,
+) -> None:
     """Add the keys `[key_begin, key_end)` to the running softmax of a tile."""
     num_heads, num_kv_heads = load_i64(args + HEADS), load_i64(args + KV_HEADS)
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
@@ -224,9 +232,7 @@ def _attend_segment(  # type: ignore[no-untyped-def]
                     if slopes != 0:
                         slope = load_f32(slopes + 4 * (first_head + row % group))
                     shift = types.float32(begin - distance_from)
-                    general_logits(
-                        logits, low16, high16, scale, soft_cap, slope, shift
-                    )
+                    general_logits(logits, low16, high16, scale, soft_cap, slope, shift)
                     factor = types.float32(1)
                 else:
                     factor = scale * types.float32(LOG2_E)
@@ -304,7 +310,14 @@ def _attend_segment(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # type: ignore[no-untyped-def]
+def _attend_tile(
+    args: int,
+    request: int,
+    kv_head: int,
+    first_token: int,
+    num_tokens: int,
+    scratch: int,
+) -> None:
     """Attention of a tile: `num_tokens` tokens from `first_token` of the request."""
     num_heads, num_kv_heads = load_i64(args + HEADS), load_i64(args + KV_HEADS)
     head_size = load_i64(args + HEAD_SIZE)
@@ -316,7 +329,9 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
     starts = load_i64(args + STARTS) + 4 * request
     end_row = types.int64(load_i32(starts + 4))
     row0 = types.int64(load_i32(starts)) + first_token
-    position = types.int64(load_i32(load_i64(args + SEQ_LENS) + 4 * request)) - end_row + row0
+    position = (
+        types.int64(load_i32(load_i64(args + SEQ_LENS) + 4 * request)) - end_row + row0
+    )
     last = position + num_tokens - 1
 
     row_bytes = 4 * head_size
@@ -337,7 +352,9 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
     for row in range(rows):
         token, head = row0 + row // group, first_head + row % group
         source = (
-            load_i64(args + QUERY) + token * load_i64(args + QUERY_TOKEN) + head * load_i64(args + QUERY_HEAD)
+            load_i64(args + QUERY)
+            + token * load_i64(args + QUERY_TOKEN)
+            + head * load_i64(args + QUERY_HEAD)
         )
         target = scratch + row * row_bytes
         widen_row(kind, source, target, head_size)
@@ -410,14 +427,16 @@ def _attend_tile(args, request, kv_head, first_token, num_tokens, scratch):  # t
     for row in range(rows):
         token, head = row0 + row // group, first_head + row % group
         target = (
-            load_i64(args + OUTPUT) + token * load_i64(args + OUTPUT_TOKEN) + head * load_i64(args + OUTPUT_HEAD)
+            load_i64(args + OUTPUT)
+            + token * load_i64(args + OUTPUT_TOKEN)
+            + head * load_i64(args + OUTPUT_HEAD)
         )
         factor = types.float32(1) / load_f32(state + 8 * row + 4)
         narrow_row(kind, sums + row * row_bytes, target, head_size, factor)
 
 
-@cfunc(types.void(types.int64), cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _attend(args):  # type: ignore[no-untyped-def]
+@cfunc(types.void(types.int64), cache=True, error_model="numpy")
+def _attend(args: int) -> None:
     """Body of one thread: draw work items until none is left."""
     num_requests, num_kv_heads = load_i64(args + REQUESTS), load_i64(args + KV_HEADS)
     tile_tokens, starts = load_i64(args + TILE_TOKENS), load_i64(args + STARTS)
@@ -448,8 +467,8 @@ def _attend(args):  # type: ignore[no-untyped-def]
         end_tiles()
 
 
-@cfunc(types.void(types.int64), cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _write(args):  # type: ignore[no-untyped-def]
+@cfunc(types.void(types.int64), cache=True, error_model="numpy")
+def _write(args: int) -> None:
     """Body of one thread: store one token after the other."""
     num_tokens, num_kv_heads = load_i64(args + REQUESTS), load_i64(args + KV_HEADS)
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
@@ -523,10 +542,10 @@ def _find_parallel() -> Callable[..., Any] | None:
         ctypes.c_uint,
     ]
     parallel.restype = None
-    return parallel  # type: ignore[no-any-return]
+    return parallel
 
 
-# The kernel must grant the tiles to the process, which torch asks for.
+# Linux must grant the tiles to the process, which torch asks for.
 _AMX = HAS_AMX and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 _parallel = _find_parallel()
 _local = threading.local()
@@ -641,7 +660,6 @@ def sink_attention(
         _workspace(num_threads * scratch_bytes),
         scratch_bytes,
         amx,
-        0,
         scale,
         soft_cap,
     )
@@ -668,7 +686,7 @@ def write_kv(
         key.stride(),
         value.stride(),
     )
-    num_tokens = slot_mapping.shape[0]
+    num_tokens = min(key.shape[0], slot_mapping.shape[0])
     num_threads = 1 if num_tokens < 16 else torch.get_num_threads()
     fields = dict.fromkeys(range(0, _ARGUMENTS.size, 8), 0)
     fields |= {

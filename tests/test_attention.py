@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernel against the reference, and the reference against its definition."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sink_paged.attention import cpu, reference
+from sink_paged.window import BlockWindow, SinkWindow
+
+# float32: both sides accumulate in float32, in another order; relative error about
+# sqrt(keys) * 6e-8 of sums near 1. bfloat16 and float16: both round one float32 result
+# to the dtype, so they differ by at most one step of the dtype at the result's size,
+# plus, where the kernel multiplies in bfloat16, the rounding of weights (2**-9 each,
+# averaged over the keys) and of the rotated query (2**-9 of a logit).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+DTYPES = list(TOLERANCE)
+
+
+@dataclass
+class Batch:
+    """A batch of streams in a cache whose unused slots are NaN.
+
+    `chunks` are `(tokens of this step, text tokens with them)` of each request.
+    """
+
+    chunks: list[tuple[int, int]]
+    window: SinkWindow
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    rotary_dim: int = 0
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        policy = BlockWindow(self.window, self.block_size)
+        columns = policy.max_blocks(max(tokens for tokens, _ in self.chunks))
+        num_blocks = 1 + len(self.chunks) * columns
+        # A block stride larger than the block, as vLLM's padded pages have.
+        shape = (num_blocks, self.num_kv_heads + 1, self.block_size, 2 * self.head_size)
+        storage = torch.full(shape, math.nan, dtype=self.dtype)
+        self.kv_cache = storage[:, : self.num_kv_heads]
+        self.block_table = torch.zeros(len(self.chunks), columns, dtype=torch.int32)
+        # Texts by request: keys and values, [seq_len, num_kv_heads, head_size].
+        self.texts: list[tuple[Tensor, Tensor]] = []
+        free = iter(torch.randperm(num_blocks - 1, generator=generator).add(1).tolist())
+        for request, (tokens, seq_len) in enumerate(self.chunks):
+            key = randn(seq_len, self.num_kv_heads, self.head_size).to(self.dtype)
+            value = randn(seq_len, self.num_kv_heads, self.head_size).to(self.dtype)
+            self.texts.append((key, value))
+            slots = torch.full((seq_len,), -1)
+            total = -(-seq_len // self.block_size)
+            held = {
+                *range(min(policy.pinned_blocks, total)),
+                *range(policy.first_window_block(seq_len - tokens), total),
+            }
+            for block in sorted(held):
+                number = next(free)
+                self.block_table[request, policy.column(block, columns)] = number
+                begin = block * self.block_size
+                end = min(begin + self.block_size, seq_len)
+                slots[begin:end] = number * self.block_size + torch.arange(end - begin)
+            cpu.write_kv(key, value, self.kv_cache, slots)
+        lengths = torch.tensor([0, *(tokens for tokens, _ in self.chunks)])
+        self.query_start_loc = lengths.cumsum(0).int()
+        self.seq_lens = torch.tensor([end for _, end in self.chunks], dtype=torch.int32)
+        num_tokens = int(self.query_start_loc[-1]) + 2  # two padded rows
+        # Strided rows, as the split of a fused projection has.
+        width = self.num_heads + 2 * self.num_kv_heads
+        self.query = randn(num_tokens, width, self.head_size).to(self.dtype)
+        self.query = self.query[:, : self.num_heads]
+        self.sink_rotation = None
+        if self.rotary_dim:
+            angles = 3 * randn(num_tokens, self.rotary_dim // 2)
+            self.sink_rotation = torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def run(self, attention: Any) -> Tensor:
+        """Output `[num_tokens, num_heads, head_size]` of either implementation."""
+        output = torch.full(self.query.shape, 7.0, dtype=self.dtype)
+        attention(
+            self.query,
+            self.kv_cache,
+            output,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.sink_rotation,
+            window=self.window,
+            scale=self.head_size**-0.5,
+            **self.options,
+        )
+        return output
+
+    def check(self) -> None:
+        """The kernel agrees with the reference; padded rows stay as they were."""
+        expected = self.run(reference.sink_attention).float()
+        actual = self.run(cpu.sink_attention).float()
+        assert not expected.isnan().any()
+        tolerance = TOLERANCE[self.dtype]
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+        assert (actual[-2:] == 7.0).all()
+
+
+MIXED = [(1, 100), (30, 33), (1, 7), (1, 1), (17, 300), (40, 40), (1, 65), (3, 66)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("sinks", "block_size"),
+    [(0, 16), (1, 32), (4, 48), (17, 128), (17, 16), (40, 16), (40, 32), (4, 128)],
+)
+def test_mixed_batch(
+    threads: int, dtype: torch.dtype, sinks: int, block_size: int
+) -> None:
+    """Queries below, at and beyond C, of prefill chunks and decodes in one call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        Batch(
+            MIXED,
+            SinkWindow(sinks, 60),
+            block_size=block_size,
+            dtype=dtype,
+            rotary_dim=64,
+        ).check()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "head_size", [16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
+)
+def test_head_sizes(dtype: torch.dtype, head_size: int) -> None:
+    """Every head size, with the rotation of all its dims."""
+    chunks = [(1, 200), (13, 150)]
+    Batch(
+        chunks,
+        SinkWindow(4, 70),
+        head_size=head_size,
+        dtype=dtype,
+        rotary_dim=head_size,
+    ).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"), [(1, 1), (5, 5), (8, 2), (6, 2), (9, 3), (71, 1)]
+)
+def test_head_layouts(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
+    """Multi-head, grouped and multi-query attention."""
+    Batch(
+        [(1, 100), (21, 130), (1, 30)],
+        SinkWindow(4, 60),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        dtype=dtype,
+        rotary_dim=64,
+    ).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", [70, 150])
+def test_long_chunks(dtype: torch.dtype, chunk: int) -> None:
+    """Chunks of several query tiles over windows of several softmax updates."""
+    Batch(
+        [(chunk, 1500), (1, 1100), (chunk, chunk)],
+        SinkWindow(4, 700),
+        block_size=128,
+        dtype=dtype,
+        rotary_dim=64,
+    ).check()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.01, 1.0])},
+    "soft_cap": {"soft_cap": 2.0},
+    "soft_cap_large": {"soft_cap": 50.0},
+    "sink_logits": {"sink_logits": torch.tensor([-3.0, 0.0, 2.0, 40.0])},
+    "interleaved": {"interleaved": True},
+    "all": {
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.01, 1.0]),
+        "soft_cap": 5.0,
+        "sink_logits": torch.tensor([-3.0, 0.0, 2.0, 4.0]),
+        "interleaved": True,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary_dim", [0, 16, 64])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(dtype: torch.dtype, rotary_dim: int, options: dict[str, Any]) -> None:
+    """Biases, caps and rotary styles, alone and together."""
+    Batch(
+        MIXED, SinkWindow(4, 60), dtype=dtype, rotary_dim=rotary_dim, options=options
+    ).check()
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Any batch of up to four streams."""
+    chunks = []
+    for _ in range(draw(st.integers(1, 4))):
+        tokens = draw(st.one_of(st.just(1), st.integers(1, 25)))
+        chunks.append((tokens, tokens + draw(st.integers(0, 300))))
+    num_kv_heads = draw(st.integers(1, 3))
+    num_heads = num_kv_heads * draw(st.integers(1, 5))
+    head_size = draw(st.sampled_from([16, 32, 80]))
+    rotary_dim = draw(st.sampled_from([0, 8, head_size]))
+    options: dict[str, Any] = {"interleaved": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["alibi_slopes"] = torch.linspace(0.01, 1.0, num_heads)
+    if draw(st.booleans()):
+        options["soft_cap"] = draw(st.sampled_from([1.0, 30.0]))
+    if draw(st.booleans()):
+        options["sink_logits"] = torch.linspace(-2.0, 2.0, num_heads)
+    return Batch(
+        chunks,
+        SinkWindow(draw(st.sampled_from([0, 1, 4, 17, 40])), draw(st.integers(1, 150))),
+        num_heads,
+        num_kv_heads,
+        head_size,
+        draw(st.sampled_from([16, 32, 48, 128])),
+        draw(st.sampled_from(DTYPES)),
+        rotary_dim,
+        draw(st.integers(0, 1000)),
+        options,
+    )
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(batches())
+def test_any_batch(batch: Batch) -> None:
+    """Kernel and reference agree whatever the batch."""
+    batch.check()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("sinks", [0, 1, 4, 17])
+@pytest.mark.parametrize(("chunk", "seq_len"), [(90, 90), (30, 120), (1, 24)])
+def test_reference_is_the_definition(
+    sinks: int, chunk: int, seq_len: int, interleaved: bool
+) -> None:
+    """The reference equals dense float64 attention on unrotated keys.
+
+    Each pair of query and key is rotated by its slot distance, `SinkWindow.distance`,
+    which is what StreamingLLM defines; nothing is paged and nothing rotated twice.
+    """
+    rotary_dim, slopes = 16, torch.tensor([0.3, 0.05])
+    window = SinkWindow(sinks, 20)
+    batch = Batch(
+        [(chunk, seq_len)],
+        window,
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=32,
+        rotary_dim=rotary_dim,
+        options={
+            "interleaved": interleaved,
+            "alibi_slopes": slopes,
+            "soft_cap": 3.0,
+            "sink_logits": torch.tensor([0.5, -1.0]),
+        },
+    )
+    frequencies = 10.0 ** -torch.linspace(0, 2, rotary_dim // 2, dtype=torch.float64)
+
+    def turn(rows: Tensor, positions: Tensor) -> Tensor:
+        """Rotate rows `[tokens, heads, head_size]` to their positions."""
+        angles = (positions[:, None] * frequencies)[:, None]
+        return reference.rotate(
+            rows, angles.cos(), angles.sin(), interleaved=interleaved
+        )
+
+    texts = torch.arange(seq_len)
+    queries = torch.arange(seq_len - chunk, seq_len)
+    plain_key, value = (text.double() for text in batch.texts[0])
+    plain_query = batch.query[:chunk].double()
+
+    slots = torch.full((seq_len,), -1)
+    policy = BlockWindow(window, batch.block_size)
+    for j in range(seq_len):
+        column = policy.column(j // batch.block_size, batch.block_table.shape[1])
+        if any(window.attends(i, j) for i in queries.tolist()):
+            number = int(batch.block_table[0, column])
+            slots[j] = number * batch.block_size + j % batch.block_size
+    key = turn(plain_key, texts).float()
+    cpu.write_kv(key, value.float(), batch.kv_cache, slots)
+    batch.query = batch.query.clone()
+    batch.query[:chunk] = turn(plain_query, queries).float()
+    angles = (queries.clamp(max=window.capacity) - queries)[:, None] * frequencies
+    batch.sink_rotation = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    actual = batch.run(reference.sink_attention)[:chunk]
+
+    expected = torch.zeros(chunk, 2, 32, dtype=torch.float64)
+    for row, i in enumerate(queries.tolist()):
+        attended = [j for j in range(seq_len) if window.attends(i, j)]
+        distances = torch.tensor([window.distance(i, j) for j in attended])
+        for head in range(2):
+            rows = plain_query[row, head].expand(len(attended), 1, -1)
+            turned = turn(rows, distances)[:, 0]
+            logits = (turned * plain_key[attended, 0]).sum(1) * 32**-0.5
+            logits = 3.0 * torch.tanh(logits / 3.0) - slopes[head] * distances
+            weights = logits.exp()
+            extra = batch.options["sink_logits"][head].double().exp()
+            weights = weights / (weights.sum() + extra)
+            expected[row, head] = weights @ value[attended, 0]
+    torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("block_size", "head_size"), [(16, 16), (48, 80), (128, 64)])
+def test_write_then_read(dtype: torch.dtype, block_size: int, head_size: int) -> None:
+    """Every written slot reads back exactly; padding writes nothing."""
+    cache = torch.full((5, 3, block_size, 2 * head_size), math.nan, dtype=dtype)
+    slots = torch.randperm(5 * block_size)[: 3 * block_size]
+    slots[::7] = -1
+    # Key and value interleaved, so that neither is contiguous.
+    both = torch.randn(len(slots), 3, 2, head_size).to(dtype)
+    key, value = both[:, :, 0], both[:, :, 1]
+    with torch.inference_mode():
+        cpu.write_kv(key, value, cache, slots)
+    keys, values = cpu.read_kv(cache)
+    written = torch.zeros(5 * block_size, dtype=torch.bool)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            written[slot] = True
+            block, offset = divmod(slot, block_size)
+            assert torch.equal(keys[block, :, offset], key[token])
+            assert torch.equal(values[block, :, offset], value[token])
+    untouched = ~written.view(5, 1, block_size, 1).expand_as(keys)
+    assert keys[untouched].isnan().all()
+    assert values[untouched].isnan().all()
+
+
+def test_flat_output_in_inference_mode() -> None:
+    """An output of `[num_tokens, num_heads * head_size]` is filled alike."""
+    batch = Batch(MIXED, SinkWindow(4, 60), rotary_dim=64)
+    expected = batch.run(cpu.sink_attention)
+
+    def flat(
+        query: Tensor, cache: Tensor, output: Tensor, *args: Any, **kw: Any
+    ) -> None:
+        with torch.inference_mode():
+            cpu.sink_attention(query, cache, output.view(len(output), -1), *args, **kw)
+
+    assert torch.equal(batch.run(flat), expected)

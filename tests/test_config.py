@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings, flags, and what is refused before an engine starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from sink_paged import SinkConfig
+from sink_paged.config import MAX_STREAM_TOKENS, StreamConfig
+from sink_paged.window import SinkWindow
+from tests.engines import GOLDEN, engine
+
+TRAINED = 256
+
+
+def make_config(settings: Any, **options: Any) -> VllmConfig:
+    """The engine config that ``LLM(additional_config=...)`` would run."""
+    if settings is not None:
+        options["additional_config"] = {"sink_paged": settings}
+    options = {"model": str(GOLDEN), "skip_tokenizer_init": True} | options
+    return AsyncEngineArgs(**options).create_engine_config()
+
+
+def stream_of(config: VllmConfig) -> StreamConfig:
+    stream = StreamConfig.load(config.additional_config)
+    assert stream is not None
+    return stream
+
+
+def parse(*flags: str) -> AsyncEngineArgs:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(GOLDEN), "--skip-tokenizer-init", *flags])
+    return AsyncEngineArgs.from_cli_args(args)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sink_tokens": -1}, r"sink_tokens must be in \[0, "),
+        ({"sink_tokens": 1.5}, r"sink_tokens must be an integer in \[0, "),
+        ({"sink_tokens": True}, "sink_tokens must be an integer"),
+        ({"sink_tokens": "4"}, "sink_tokens must be an integer"),
+        ({"window_tokens": 0}, r"window_tokens must be in \[1, "),
+        ({"window_tokens": -5}, r"window_tokens must be in \[1, "),
+        ({"window_tokens": 2.0}, "window_tokens must be an integer"),
+        ({"window": 5, "sinks": 4}, "unknown setting .*: sinks, window; known settings"),
+        ([4, 60], "must be a mapping of settings"),
+        (5, "must be a mapping of settings"),
+        ({"window_tokens": 252}, r"= 257 is above 256.*must be in \[1, 251\], got 252"),
+        ({"sink_tokens": 300}, "leaves no room for a window"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(settings)
+
+
+def test_defaults_and_largest_window() -> None:
+    for settings, expected in (
+        ({}, (4, 251)),
+        ({"sink_tokens": 0}, (0, 255)),
+        ({"window_tokens": 100}, (4, 100)),
+        ({"sink_tokens": 16, "window_tokens": 239}, (16, 239)),
+    ):
+        assert stream_of(make_config(settings)).window == SinkWindow(*expected)
+    bounded = make_config({}, max_model_len=128)
+    assert stream_of(bounded).window == SinkWindow(4, 123)
+    with pytest.raises(ValueError, match=r"is above 128"):
+        make_config({"window_tokens": 124}, max_model_len=128)
+
+
+def test_the_callers_dict_is_left_alone() -> None:
+    mine = {"sink_paged": {"sink_tokens": 1}, "other": {"a": 1}}
+    arguments = AsyncEngineArgs(
+        model=str(GOLDEN), skip_tokenizer_init=True, additional_config=mine
+    )
+    config = arguments.create_engine_config()
+    assert mine == {"sink_paged": {"sink_tokens": 1}, "other": {"a": 1}}
+    assert config.additional_config["other"] == {"a": 1}
+
+
+def test_streams_are_as_long_as_int32_counts() -> None:
+    config = make_config({}, max_model_len=128)
+    assert config.model_config.max_model_len == MAX_STREAM_TOKENS
+    assert stream_of(config).resident_tokens == 128
+
+
+def test_flags_fill_the_config() -> None:
+    assert parse().additional_config == {}
+    assert parse("--sink-eviction").additional_config == {"sink_paged": {}}
+    both = parse("--sink-eviction", "--sink-tokens", "0", "--sink-window", "9")
+    assert both.additional_config == {
+        "sink_paged": {"sink_tokens": 0, "window_tokens": 9}
+    }
+    dotted = parse("--additional-config.sink_paged.window_tokens", "44")
+    assert dotted.additional_config == {"sink_paged": {"window_tokens": 44}}
+    merged = parse(
+        "--sink-eviction", "--additional-config", '{"sink_paged": {"window_tokens": 44}}'
+    )
+    assert merged.additional_config == {"sink_paged": {"window_tokens": 44}}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--sink-eviction", "--sink-tokens", "-1"),
+        ("--sink-eviction", "--sink-tokens", "four"),
+        ("--sink-eviction", "--sink-tokens", "1.5"),
+        ("--sink-eviction", "--sink-window", "0"),
+    ],
+)
+def test_bad_flags_are_refused_by_the_parser(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert f"argument {flags[1]}: must be an integer in [" in capsys.readouterr().err
+
+
+def test_sizes_need_the_flag() -> None:
+    with pytest.raises(ValueError, match="need --sink-eviction"):
+        parse("--sink-window", "100")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 24}, "--block-size 24: it must be a multiple of 16"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "--speculative-config",
+        ),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "--kv-transfer-config",
+        ),
+        ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "--worker-cls"),
+        ({"attention_config": {"backend": "CPU_ATTN"}}, "--attention-backend CPU_ATTN"),
+        (
+            {"hf_overrides": {"rope_parameters": {"rope_type": "dynamic",
+              "rope_theta": 1e4, "factor": 2.0}}},
+            "rope_type dynamic",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_settings_that_do_not_work_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config({}, **options)
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "1.0.0"])
+def test_other_vllm_versions_are_refused(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(ValueError, match=f"does not support vLLM {version}.*0.29.*0.33"):
+        make_config({})
+    assert make_config(None).model_config.max_model_len == TRAINED
+
+
+def test_config_without_the_setting_is_stock() -> None:
+    config = make_config(None)
+    assert config.model_config.max_model_len == TRAINED
+    assert config.attention_config.backend is None
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.additional_config == {}
+
+
+def test_default_max_tokens() -> None:
+    stream = StreamConfig(SinkWindow(4, 251), resident_tokens=256)
+    assert stream.default_max_tokens(10) == 246
+    assert stream.default_max_tokens(255) == 1
+    assert stream.default_max_tokens(256) == stream.default_max_tokens(9999) == 255
+
+
+def test_typed_config() -> None:
+    config = SinkConfig(sink_tokens=1, window_tokens=7)
+    assert SinkConfig.from_mapping({"sink_tokens": 1, "window_tokens": 7}) == config
+    assert config.resolve(9) == SinkWindow(1, 7)
+    with pytest.raises(ValueError, match="above 8"):
+        config.resolve(8)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "reason"),
+    [
+        (
+            lambda: OPTForCausalLM(
+                OPTConfig(
+                    vocab_size=320, hidden_size=64, num_hidden_layers=1, ffn_dim=64,
+                    num_attention_heads=2, max_position_embeddings=128,
+                    word_embed_proj_dim=64,
+                )
+            ),
+            r"layer model\.decoder\.layers\.0\.self_attn\.attn",
+            "learned absolute",
+        ),
+        (
+            lambda: BloomForCausalLM(
+                BloomConfig(vocab_size=320, hidden_size=64, n_layer=1, n_head=2)
+            ),
+            r"layer transformer\.h\.0\.self_attention\.attn",
+            "ALiBi",
+        ),
+    ],
+    ids=["learned-positions", "alibi"],
+)  # fmt: skip
+def test_unsupported_layers_are_refused_by_name(
+    tmp_path: Path, make: Any, layer: str, reason: str
+) -> None:
+    make().float().save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match=f"does not support {layer}.*{reason}"),
+        engine(tmp_path, (4, 60), max_model_len=128),
+    ):
+        pass
