@@ -31,7 +31,14 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HELD_OUT = ("argparse.py", "tarfile.py", "typing.py")
-SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+}
 BOS, EOS, PAD = 256, 257, 258
 VOCAB_SIZE = 320  # a multiple of 64, as vLLM pads the vocabulary
 
@@ -153,7 +160,9 @@ def build_optimizers(
             momentum=0.95,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(
+            others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        ),
     ]
 
 
@@ -233,9 +242,7 @@ def main() -> None:
                 "step": step + 1,
                 "seconds": round(time.time() - started),
                 "train_loss": round(sum(recent) / len(recent), 4),
-                "held_out_loss": round(
-                    evaluate(model, held_out_text, args.context), 4
-                ),
+                "held_out_loss": round(evaluate(model, held_out_text, args.context), 4),
             }
             record["log"].append(entry)
             recent = []

@@ -88,7 +88,7 @@ class SinkConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The settings as resolved for a model; its presence makes an engine a streaming one.
+    """The settings as resolved for a model; with it an engine is a streaming one.
 
     Attributes:
         window: the cache config.

@@ -2,8 +2,8 @@
 """Turns a vLLM engine config into that of a streaming engine, or refuses.
 
 The whole switch is here: the resolved cache config goes into ``additional_config``,
-``max_model_len`` becomes the longest text of a stream, and the attention backend and the
-worker are the extension's. Everything else reads those.
+``max_model_len`` becomes the longest text of a stream, and the attention backend and
+the worker are the extension's. Everything else reads those.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_vllm_version() -> None:
     oldest, limit = SUPPORTED_VLLM
     if not oldest <= Version(Version(vllm.__version__).base_version) < limit:
         raise UnsupportedSettingError(
-            f"sink eviction does not support vLLM {vllm.__version__}: install a version "
+            f"sink eviction does not support vLLM {vllm.__version__}: install one "
             f"from {oldest} up to, but not including, {limit}"
         )
 
@@ -89,7 +89,8 @@ def _check_settings(vllm_config: VllmConfig) -> None:
         "M-RoPE positions (multimodal models)": model.uses_mrope,
         "attention whose scale depends on the text position": bool(
             getattr(text_config, "attn_temperature_tuning", False)
-            or "llama_4_scaling_beta" in (getattr(text_config, "rope_parameters", {}) or {})
+            or "llama_4_scaling_beta"
+            in (getattr(text_config, "rope_parameters", {}) or {})
         ),
         "rotary frequencies that change with the length "
         "(rope_type dynamic or longrope)": _rope_type(text_config)

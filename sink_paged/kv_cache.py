@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block policy inside vLLM: a cache spec and its manager.
 
-``SinkWindowSpec`` says what a layer keeps, ``SinkWindowManager`` pins the sinks' blocks,
+``SinkWindowSpec`` says what a layer keeps; ``SinkWindowManager`` pins the sink blocks,
 frees window blocks first in, first out, and finds prefix-cache hits that consist of
 the pinned blocks and the window. The numbers come from :mod:`sink_paged.window`.
 """
@@ -72,7 +72,9 @@ class SinkWindowSpec(SlidingWindowSpec):
         """Columns of the worker's ring block table."""
         return self.blocks.max_blocks(vllm_config.max_in_flight_tokens)
 
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+    def is_uniform_with_collection(
+        self, kv_cache_specs: dict[str, KVCacheSpec]
+    ) -> bool:
         """Layers share a block table when they keep the same tokens."""
         return all(
             isinstance(spec, SinkWindowSpec) and spec.blocks == self.blocks
@@ -200,7 +202,9 @@ class SinkWindowManager(SingleTypeKVCacheManager):
             return
         first = self.blocks.first_window_block(processed_computed_tokens)
         expired = []
-        for index in range(min(first, len(blocks)) - 1, self.blocks.pinned_blocks - 1, -1):
+        for index in range(
+            min(first, len(blocks)) - 1, self.blocks.pinned_blocks - 1, -1
+        ):
             if blocks[index].is_null:
                 break
             expired.append(blocks[index])

@@ -91,7 +91,7 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
 
 
 def _sibling_rotary(parent: nn.Module) -> tuple[str, RotaryEmbeddingBase]:
-    """Name and module of the rotary embedding that serves the attention in ``parent``."""
+    """Name and module of the rotary embedding that serves ``parent``'s attention."""
     found = [
         (name, child)
         for name, child in parent.named_children()

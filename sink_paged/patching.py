@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
+
 class PatchError(RuntimeError):
     """A vLLM function that the extension must wrap is not what it expects."""
 

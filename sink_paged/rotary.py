@@ -144,8 +144,8 @@ class StepRotations:
     """The rotations of one step's tokens for one rotary module of the model.
 
     Owns a copy of the module, which takes its place in the model. Before each forward
-    pass row ``t`` of the copy's cos/sin table is set for the ``t``-th token of the batch,
-    and rows are looked up by the token's index in the batch. The model's code, compiled
+    pass row ``t`` of the copy's cos/sin table is set for token ``t`` of the batch, and
+    rows are looked up by the token's index in the batch. The model's code, compiled
     or not, stays as it is. (A copy: vLLM shares one module among all engines of a
     process.)
 
@@ -200,4 +200,6 @@ class StepRotations:
         # Looked up each time: vLLM replaces the table when it casts it.
         self.rotary.cos_sin_cache[:num_tokens].copy_(rows)
         back = self.tables((positions - self.capacity).clamp(min=0))
-        self.sink_rotation[:num_tokens].copy_(torch.cat((back.real, -back.imag), dim=-1))
+        self.sink_rotation[:num_tokens].copy_(
+            torch.cat((back.real, -back.imag), dim=-1)
+        )

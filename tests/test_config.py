@@ -49,7 +49,10 @@ def parse(*flags: str) -> AsyncEngineArgs:
         ({"window_tokens": 0}, r"window_tokens must be in \[1, "),
         ({"window_tokens": -5}, r"window_tokens must be in \[1, "),
         ({"window_tokens": 2.0}, "window_tokens must be an integer"),
-        ({"window": 5, "sinks": 4}, "unknown setting .*: sinks, window; known settings"),
+        (
+            {"window": 5, "sinks": 4},
+            "unknown setting .*: sinks, window; known settings",
+        ),
         ([4, 60], "must be a mapping of settings"),
         (5, "must be a mapping of settings"),
         ({"window_tokens": 252}, r"= 257 is above 256.*must be in \[1, 251\], got 252"),
@@ -101,7 +104,9 @@ def test_flags_fill_the_config() -> None:
     dotted = parse("--additional-config.sink_paged.window_tokens", "44")
     assert dotted.additional_config == {"sink_paged": {"window_tokens": 44}}
     merged = parse(
-        "--sink-eviction", "--additional-config", '{"sink_paged": {"window_tokens": 44}}'
+        "--sink-eviction",
+        "--additional-config",
+        '{"sink_paged": {"window_tokens": 44}}',
     )
     assert merged.additional_config == {"sink_paged": {"window_tokens": 44}}
 
@@ -175,7 +180,9 @@ def test_other_vllm_versions_are_refused(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "__version__", version)
-    with pytest.raises(ValueError, match=f"does not support vLLM {version}.*0.29.*0.33"):
+    with pytest.raises(
+        ValueError, match=f"does not support vLLM {version}.*0.29.*0.33"
+    ):
         make_config({})
     assert make_config(None).model_config.max_model_len == TRAINED
 

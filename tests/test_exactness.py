@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real engine against the 2023 reference code and against the paper's definition."""
+"""The real engine against the 2023 reference code and the paper's definition."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,9 @@ def golden() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sinks", CONFIGS, ids=lambda c: f"{c[0]}+{c[1]}")
-def test_losses_of_the_2023_code(golden: dict[str, Any], sinks: tuple[int, int]) -> None:
+def test_losses_of_the_2023_code(
+    golden: dict[str, Any], sinks: tuple[int, int]
+) -> None:
     with engine(GOLDEN, sinks) as llm:
         output = generate(llm, [golden["ids"]], greedy(1, prompt_logprobs=0))[0]
         reference = golden["res"][f"{sinks[0]}+{sinks[1]}"]["nll"]

@@ -67,7 +67,9 @@ def undisturbed(llm: LLM) -> Undisturbed:
     return Undisturbed(prompt_losses(read), written)
 
 
-def continuation(llm: LLM, prompts: list[list[int]], count: int = 150) -> list[list[int]]:
+def continuation(
+    llm: LLM, prompts: list[list[int]], count: int = 150
+) -> list[list[int]]:
     outputs = generate(llm, prompts, greedy(count))
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -119,7 +121,9 @@ def test_prefix_cache_hit_after_eviction(llm: LLM, undisturbed: Undisturbed) -> 
     turn = generate(llm, [[*again, 65, 66]], greedy(60))[0]
     assert turn.num_cached_tokens > len(TEXT) + 100
     forget(llm)
-    assert continuation(llm, [[*again, 65, 66]], 60)[0] == list(turn.outputs[0].token_ids)
+    assert continuation(llm, [[*again, 65, 66]], 60)[0] == list(
+        turn.outputs[0].token_ids
+    )
 
 
 def test_blocks_are_bounded(llm: LLM) -> None:
@@ -159,7 +163,7 @@ def test_prefix_caching_off(model: Path, undisturbed: Undisturbed) -> None:
 
 
 def test_preemption(model: Path) -> None:
-    """A pool for two streams and a half, eight streams that all grow past the window."""
+    """A pool for 2.5 streams, eight streams that all grow past the window."""
     prompts = [text(20, seed) for seed in range(7)] + [TEXT[:30]]
     policy = BlockWindow(SinkWindow(*SINKS), BLOCK_SIZE)
     blocks = policy.max_blocks(64) * 5 // 2

@@ -165,7 +165,10 @@ class Scheduler(RuleBasedStateMachine):
             assert block.ref_cnt == 1, "written while another stream reads it"
             self.memory[block.block_id, position % size] = text[: position + 1]
         for query in range(computed, computed + chunk):
-            for key in (*self.window.cut_off_sinks(query), *self.window.recent_keys(query)):
+            for key in (
+                *self.window.cut_off_sinks(query),
+                *self.window.recent_keys(query),
+            ):
                 block = blocks[key // size]
                 assert not block.is_null, "an attended key was freed"
                 assert self.memory[block.block_id, key % size] == text[: key + 1]

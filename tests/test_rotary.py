@@ -82,7 +82,7 @@ def test_bit_for_bit_below_the_trained_length(
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_far_positions_against_exact_angles(scaling: str) -> None:
-    """Angles in integer-exact arithmetic: position * frequency as a fraction of a turn."""
+    """Against cos and sin of the exact product position * frequency."""
     rotary = make_rotary(scaling, torch.float32)
     geometry = read_geometry(rotary)
     steps = StepRotations(rotary, CAPACITY, max_tokens=64)
@@ -128,9 +128,9 @@ def test_scores_depend_on_distances_only(far: int) -> None:
     cos, sin = steps.sink_rotation[0].chunk(2)
     to_sink = rotate(rotated[0], cos, sin)
     reference, _ = rotary(torch.tensor([17, 0]), rows[:2].clone())
-    assert float(rotated[0] @ rotated[1] - reference[0] @ reference[1]) == pytest.approx(
-        0, abs=2e-4
-    )
+    assert float(
+        rotated[0] @ rotated[1] - reference[0] @ reference[1]
+    ) == pytest.approx(0, abs=2e-4)
     reference, _ = rotary(torch.tensor([CAPACITY - sink, 0]), rows[[0, 2]].clone())
     assert float(to_sink @ rotated[2] - reference[0] @ reference[1]) == pytest.approx(
         0, abs=2e-4

@@ -194,7 +194,7 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """Write this step's keys and values, ``[num_tokens, num_kv_heads, head_size]``."""
+        """Write the step's keys, values: ``[num_tokens, num_kv_heads, head_size]``."""
         write_kv(key, value, kv_cache, slot_mapping)
 
 
