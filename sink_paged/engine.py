@@ -54,7 +54,10 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     """
     _check_settings(vllm_config)
     model_config = vllm_config.model_config
-    resident = model_config.max_model_len
+    # vLLM lets --max-model-len exceed the trained length where an environment variable
+    # allows it; distances inside the cache must not.
+    trained = model_config.get_and_verify_max_len(None)
+    resident = min(model_config.max_model_len, trained)
     window = config.resolve(resident)
     stream = StreamConfig(window, resident)
     vllm_config.additional_config = stream.store(vllm_config.additional_config)

@@ -78,6 +78,15 @@ def test_defaults_and_largest_window() -> None:
         make_config({"window_tokens": 124}, max_model_len=128)
 
 
+def test_distances_stay_within_the_trained_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    assert stream_of(make_config({}, max_model_len=999)).window == SinkWindow(4, 251)
+    with pytest.raises(ValueError, match="is above 256"):
+        make_config({"window_tokens": 252}, max_model_len=999)
+
+
 def test_the_callers_dict_is_left_alone() -> None:
     mine = {"sink_paged": {"sink_tokens": 1}, "other": {"a": 1}}
     arguments = AsyncEngineArgs(
