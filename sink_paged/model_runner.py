@@ -152,41 +152,60 @@ class RingBlockTable(BlockTable):
         super().compute_slot_mapping(num_reqs, query_start_loc, ring_positions)
 
 
-def virtual_rows(num_rows: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Zeroed rows of the stream limit's length that cost only what is written.
+class TokenRows:
+    """Token ids of the running streams, in rows that cost what is written to them.
 
-    Returns:
-        ``[num_rows, MAX_STREAM_TOKENS]`` in reserved address space; the system commits
-        a page when it is first written.
+    Address space is reserved for the longest text; the system commits a page when it
+    is first written and takes it back when its row is released.
 
-    Raises:
-        MemoryError: when the system does not let address space be reserved.
+    Attributes:
+        ids: int32 ``[num_rows, ROW_TOKENS]``, zero where nothing was written.
     """
-    item = np.dtype(dtype)
-    size = num_rows * MAX_STREAM_TOKENS * item.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    try:
-        buffer = mmap.mmap(-1, size, flags=flags)
-    except OSError as error:
-        raise MemoryError(
-            f"sink eviction reserves {size >> 30} GiB of address space (not memory) "
-            f"for the token ids of {num_rows} streams, and the system refused: "
-            f"{error}. Allow it (ulimit -v unlimited, vm.overcommit_memory 0 or 1) or "
-            "lower --max-num-seqs"
-        ) from error
-    # Huge pages would commit 2 MiB at the first token of every row.
-    buffer.madvise(mmap.MADV_NOHUGEPAGE)
-    rows: npt.NDArray[Any] = np.frombuffer(buffer, dtype=item)
-    return rows.reshape(num_rows, MAX_STREAM_TOKENS)
+
+    ROW_TOKENS = MAX_STREAM_TOKENS + 1  # a power of two: rows start on a page
+
+    def __init__(self, num_rows: int) -> None:
+        """Reserve ``num_rows`` rows.
+
+        Raises:
+            MemoryError: when the system does not let address space be reserved.
+        """
+        self._row_bytes = self.ROW_TOKENS * np.dtype(np.int32).itemsize
+        size = num_rows * self._row_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        try:
+            self._buffer = mmap.mmap(-1, size, flags=flags)
+        except OSError as error:
+            raise MemoryError(
+                f"sink eviction reserves {size >> 30} GiB of address space (not "
+                f"memory) for the token ids of {num_rows} streams, and was refused: "
+                f"{error}. Allow it (ulimit -v unlimited, vm.overcommit_memory 0 or 1) "
+                "or lower --max-num-seqs"
+            ) from error
+        # Huge pages would commit 2 MiB at the first token of every row.
+        self._buffer.madvise(mmap.MADV_NOHUGEPAGE)
+        self.ids: npt.NDArray[np.int32] = np.frombuffer(
+            self._buffer, dtype=np.int32
+        ).reshape(num_rows, self.ROW_TOKENS)
+
+    def release(self, first: int, end: int) -> None:
+        """Give the memory of rows ``[first, end)`` back; they read as zero."""
+        if first < end:
+            start, length = first * self._row_bytes, (end - first) * self._row_bytes
+            self._buffer.madvise(mmap.MADV_DONTNEED, start, length)
 
 
-def enable_streams(runner: GPUModelRunner) -> None:
+def enable_streams(runner: GPUModelRunner) -> TokenRows:
     """Let the requests of ``runner`` grow past ``max_model_len``.
 
     Called once its KV cache is initialised.
+
+    Returns:
+        The rows of its input batch, to be released as requests leave it.
     """
     batch = runner.input_batch
-    batch.token_ids_cpu = virtual_rows(batch.max_num_reqs, np.int32)
+    rows = TokenRows(batch.max_num_reqs)
+    batch.token_ids_cpu = rows.ids
     batch.token_ids_cpu_tensor = torch.from_numpy(batch.token_ids_cpu)
     # Prompt embeddings are refused, so every entry is True: one byte stands for all.
     batch.is_token_ids = np.lib.stride_tricks.as_strided(
@@ -198,3 +217,4 @@ def enable_streams(runner: GPUModelRunner) -> None:
         spec = group.kv_cache_spec
         assert isinstance(spec, SinkWindowSpec)
         tables[index] = RingBlockTable.adopt(tables[index], spec.blocks)
+    return rows

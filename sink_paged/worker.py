@@ -60,6 +60,14 @@ class SinkCPUWorker(CPUWorker):
             specs[name] = SinkWindowSpec.from_full_attention(spec, window)
         return specs
 
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a step and give back the memory of the rows that it left empty."""
+        batch = self.model_runner.input_batch
+        rows_before = batch.num_reqs
+        output = super().execute_model(*args, **kwargs)
+        self.token_rows.release(batch.num_reqs, rows_before)
+        return output
+
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample; requests still in their prompt keep their random state.
 
@@ -78,4 +86,4 @@ class SinkCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
-        enable_streams(self.model_runner)
+        self.token_rows = enable_streams(self.model_runner)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve --sink-eviction`` on the bundled model, through the ``openai`` client."""
+"""``vllm serve --sink-eviction`` on the bundled model, through a real client."""
 
 from __future__ import annotations
 
