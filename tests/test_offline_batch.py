@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scripts/offline_batch.py``: resuming, bad lines, order, bounded streams in flight.
+"""``sink_paged.offline`` and its script: resuming, bad lines, order, bounds.
 
 All but the last test run against a fake engine; that one runs vLLM in a subprocess.
 """
@@ -21,6 +21,19 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
+from sink_paged.offline import (
+    Output,
+    RefusedError,
+    Request,
+    RequestReader,
+    Result,
+    Tally,
+    UnusableError,
+    run,
+    run_requests,
+    sort_output,
+)
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
@@ -40,30 +53,33 @@ class FakeEngine:
     """Answers a text prompt with its upper case; the shortest prompt finishes first."""
 
     def __init__(self, steps_before_crash: int | None = None) -> None:
-        self.waiting: dict[str, Any] = {}
-        self.submitted: list[Any] = []
+        self.waiting: list[Request] = []
+        self.submitted: list[Request] = []
         self.most_in_flight = 0
         self.steps_left = steps_before_crash
 
-    def submit(self, job: Any) -> str:
-        if job.prompt == "refuse":
-            raise batch.RefusedError("token out of vocabulary")
-        self.submitted.append(job)
-        request_id = str(len(self.submitted))
-        self.waiting[request_id] = job
-        self.most_in_flight = max(self.most_in_flight, len(self.waiting))
-        return request_id
+    @property
+    def in_flight(self) -> int:
+        return len(self.waiting)
 
-    def step(self) -> list[Any]:
+    def submit(self, request: Request) -> None:
+        if request.prompt == "refuse":
+            raise RefusedError("token out of vocabulary")
+        self.submitted.append(request)
+        self.waiting.append(request)
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+
+    def step(self) -> list[Result]:
         if self.steps_left is not None:
             self.steps_left -= 1
             if self.steps_left < 0:
                 raise RuntimeError("engine died")
-        request_id = min(self.waiting, key=lambda r: len(str(self.waiting[r].prompt)))
-        prompt = str(self.waiting.pop(request_id).prompt)
+        request = min(self.waiting, key=lambda r: len(str(r.prompt)))
+        self.waiting.remove(request)
+        prompt = str(request.prompt)
         reason = "abort" if prompt == "abort" else "length"
         ids = list(range(len(prompt)))
-        return [batch.Result(request_id, prompt.upper(), ids, reason, len(prompt), 0)]
+        return [Result(request, prompt.upper(), ids, reason, len(prompt), 0)]
 
 
 def encode(lines: Iterable[Any]) -> list[bytes]:
@@ -81,14 +97,14 @@ def run_lines(
     in_flight: int = 4,
     keep_order: bool = False,
     stop: threading.Event | None = None,
-) -> Any:
+) -> Tally:
     """One run over the input lines; returns its tally."""
     engine = engine or FakeEngine()
-    with batch.Output(path) as output, tqdm(file=io.StringIO()) as bar:
-        reader, tally = batch.JobReader(encode(lines), output.done), batch.Tally(bar)
-        batch.run(reader, lambda: engine, output, tally, in_flight=in_flight, stop=stop)
-        if keep_order:
-            output.sort(reader.line_of)
+    with Output(path) as output, tqdm(file=io.StringIO()) as bar:
+        reader, tally = RequestReader(encode(lines), output.done), Tally(bar)
+        run(reader, lambda: engine, output, tally, in_flight=in_flight, stop=stop)
+    if keep_order:
+        sort_output(path, reader.line_of)
     return tally
 
 
@@ -143,12 +159,29 @@ def test_in_flight_is_bounded_and_input_is_read_lazily(out: Path) -> None:
             furthest_ahead = max(furthest_ahead, n - written)
             yield json.dumps({"prompt": "a" * (50 - n)}).encode()
 
-    with batch.Output(out) as output, tqdm(file=io.StringIO()) as bar:
-        reader = batch.JobReader(lines(), output.done)
-        batch.run(reader, lambda: engine, output, batch.Tally(bar), in_flight=3)
+    with Output(out) as output, tqdm(file=io.StringIO()) as bar:
+        reader = RequestReader(lines(), output.done)
+        run(reader, lambda: engine, output, Tally(bar), in_flight=3)
     assert engine.most_in_flight == 3
     assert furthest_ahead <= 3
     assert len(records(out)) == 50
+
+
+def test_an_engine_runs_one_sequence_after_another() -> None:
+    engine = FakeEngine()
+    for text in ("ab", "cd"):
+        requests = [
+            Request(n, n, "prompt", letter, {}) for n, letter in enumerate(text)
+        ]
+        steps = run_requests(requests, lambda: engine, in_flight=2)
+        outcomes = [outcome for step in steps for outcome in step]
+        assert [r.text for r in outcomes if isinstance(r, Result)] == list(text.upper())
+        assert engine.in_flight == 0
+
+
+def test_the_package_is_importable_without_vllm() -> None:
+    code = "import sys, sink_paged.offline; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 BAD_LINES = {
@@ -239,7 +272,7 @@ def test_resume_runs_what_is_left_and_retries_failures(out: Path) -> None:
     engine = FakeEngine()
     tally = run_lines(lines, out, engine, keep_order=True)
     assert (tally.finished, tally.failed, tally.skipped) == (4, 0, 2)
-    assert not {job.id for job in engine.submitted} & set(finished)
+    assert not {request.id for request in engine.submitted} & set(finished)
     assert [r["id"] for r in records(out)] == list(range(6))
 
 
@@ -248,12 +281,12 @@ def test_a_finished_run_starts_no_engine(out: Path) -> None:
     run_lines(lines, out)
     before = out.read_bytes()
 
-    def start() -> None:
+    def start() -> FakeEngine:
         raise AssertionError("nothing to do")
 
-    with batch.Output(out) as output, tqdm(file=io.StringIO()) as bar:
-        reader, tally = batch.JobReader(encode(lines), output.done), batch.Tally(bar)
-        batch.run(reader, start, output, tally, in_flight=1)
+    with Output(out) as output, tqdm(file=io.StringIO()) as bar:
+        reader, tally = RequestReader(encode(lines), output.done), Tally(bar)
+        run(reader, start, output, tally, in_flight=1)
     assert out.read_bytes() == before
 
 
@@ -282,7 +315,7 @@ def test_a_half_written_line_after_failures_is_cut_too(out: Path) -> None:
 @pytest.mark.parametrize("content", [b"notes", b"notes\n", b'{"id": 1}\n', b"\x00\n"])
 def test_a_foreign_output_file_is_left_alone(content: bytes, out: Path) -> None:
     out.write_bytes(content)
-    with pytest.raises(batch.UnusableError, match="name another output"):
+    with pytest.raises(UnusableError, match="name another output"):
         run_lines([{"prompt": "a"}], out)
     assert out.read_bytes() == content
 
@@ -299,7 +332,7 @@ def test_stop_keeps_what_is_finished(out: Path) -> None:
     stop = threading.Event()
 
     class StoppingEngine(FakeEngine):
-        def step(self) -> list[Any]:
+        def step(self) -> list[Result]:
             stop.set()
             return super().step()
 
@@ -319,7 +352,6 @@ def test_engine_settings_hold_only_what_was_given(tmp_path: Path) -> None:
         return batch.engine_settings(batch.parse_args([*base, *more]))
 
     assert settings("--stock") == {"model": "m", "max_num_seqs": 64}
-    pytest.importorskip("sink_paged")
     assert settings()["additional_config"] == {"sink_paged": {}}
     given = settings(
         *("--sink-tokens", "0", "--sink-window", "60", "--max-model-len", "64"),
@@ -427,7 +459,7 @@ def test_end_to_end_past_the_trained_length(tiny_model: Path, tmp_path: Path) ->
         # The engine in a process of its own, as for users; other tests may set 0.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
-    run = subprocess.run(
+    process = subprocess.run(
         [str(part) for part in command],
         env=environment,
         capture_output=True,
@@ -435,7 +467,7 @@ def test_end_to_end_past_the_trained_length(tiny_model: Path, tmp_path: Path) ->
         timeout=600,
         check=False,
     )
-    assert run.returncode == 1, run.stdout + run.stderr
+    assert process.returncode == 1, process.stdout + process.stderr
     by_id = {r["id"]: r for r in records(out)}
     assert [r["line"] for r in records(out)] == list(range(1, len(lines) + 1))
     tokens = {
@@ -448,4 +480,4 @@ def test_end_to_end_past_the_trained_length(tiny_model: Path, tmp_path: Path) ->
     assert len(by_id["long"]["token_ids"]) == 100
     failed = {name for name, r in by_id.items() if "error" in r}
     assert failed == {"vocabulary", "surrogate", "nucleus", 8, "roles", "stop"}
-    assert "line 8: not JSON" in run.stderr
+    assert "line 8: not JSON" in process.stderr
