@@ -13,6 +13,7 @@ from tests.engines import GOLDEN
 RUN = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True,
           kv_cache_memory_bytes=1 << 26, block_size=32)
 prompts = [{"prompt_token_ids": [256] + [(i * k) % 251 for i in range(1, 30 * k)]}
@@ -25,7 +26,7 @@ single = manager.coordinator.single_type_managers[0]
 try:
     llm.generate({"prompt_token_ids": [5] * 256}, params, use_tqdm=False)
     refused = None
-except ValueError as error:
+except VLLMValidationError as error:
     refused = str(error)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 config = llm.llm_engine.vllm_config
@@ -68,4 +69,4 @@ def test_same_tokens_and_blocks_with_and_without_the_plugin(tmp_path: Path) -> N
     assert loaded == absent
     assert loaded["manager"] == "FullAttentionManager"
     assert loaded["backend"] == ["CPUAttentionBackend"]
-    assert "longer than the maximum model length of 256" in loaded["refused"]
+    assert "is longer than the maximum model length of 256" in loaded["refused"]
