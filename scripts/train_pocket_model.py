@@ -85,6 +85,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = (
+        "{{ bos_token }}"
         "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     )
     return tokenizer

@@ -65,12 +65,18 @@ def _get_attn_backend_cls(
 
 
 def _register_triton_kernel_overrides(original: Callable[..., Any], cls: type) -> None:
-    from vllm.triton_utils import dispatcher
-
-    # The overrides last for the process; vLLM enters them again for each engine, and
-    # its scan of all modules then fails on llvmlite, which the CPU kernel has loaded.
-    if not (dispatcher._registry and "llvmlite" in sys.modules):
+    # vLLM scans the attributes of all modules and fails on objects of llvmlite, which
+    # the CPU kernel loads; none of them is a Triton kernel.
+    hidden = {name: sys.modules.pop(name) for name in llvmlite_modules()}
+    try:
         original(cls)
+    finally:
+        sys.modules.update(hidden)
+
+
+def llvmlite_modules() -> list[str]:
+    """Names of the loaded modules of llvmlite."""
+    return [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
 
 
 CREATE_ENGINE_CONFIG = Patch(
@@ -115,7 +121,7 @@ ALL = (
         target="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
         parameters=("cls",),
         wrapper=_register_triton_kernel_overrides,
-        why="a second engine in one process fails once llvmlite is loaded",
+        why="an engine fails to start in a process that has loaded llvmlite",
         upstream="vllm.triton_utils.dispatcher:instance_dict",
         since="0.31",
     ),

@@ -34,12 +34,14 @@ def engine(model: Path, sinks: tuple[int, int] | None, **options: Any) -> Iterat
         "block_size": 32,
         "kv_cache_memory_bytes": 1 << 28,
     } | options
-    llm = LLM(str(model), **options)
     try:
-        yield llm
+        llm = LLM(str(model), **options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
         gc.collect()
         cleanup_dist_env_and_memory()
 
