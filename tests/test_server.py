@@ -42,7 +42,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
     } | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     flags = (
-        f"--port {port} --sink-eviction --max-model-len {RESIDENT} --max-num-seqs 16"
+        f"--port {port} --sink-eviction --max-model-len {RESIDENT} "
+        "--enable-prompt-tokens-details"
     )
     command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, *flags.split()]
     with log.open("w") as output:
