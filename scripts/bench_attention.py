@@ -9,8 +9,9 @@ The floor: a decode reads every resident key and value once, so it cannot be fas
 `batch * resident * 2 * kv_heads * head_size * element_size` bytes over the bandwidth
 of a large copy on the same threads; a prefill cannot be faster than
 `4 * tokens * resident * heads * head_size` operations over the rate of a large matrix
-product of the same dtype. Both rates are measured here and the floor is a column. Keys
-that fit in the last-level cache may be read faster than a copy from memory.
+product of the same dtype; a write reads and writes its keys and values once. Both rates
+are measured here and the floor is a column. What fits in the last-level cache may be
+read faster than a copy from memory.
 """
 
 import argparse
@@ -40,12 +41,17 @@ SHAPES = {
     "32q/8kv x128": (32, 8, 128),
     "8/8 x64": (8, 8, 64),
     "32/32 x128": (32, 32, 128),
+    "71/1 x64": (71, 1, 64),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measured point; `resident` counts the keys of a request's last query."""
+    """One measured point.
+
+    `resident` counts the keys of a request's last query; 0 is a write of new keys and
+    values to the cache.
+    """
 
     shape: str
     batch: int
@@ -142,9 +148,36 @@ def make_stock(case: Case) -> Callable[[], None]:
     return call
 
 
+def make_writes(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Calls of both kernels that write new keys and values, ours and stock."""
+    _, kv_heads, head_size = SHAPES[case.shape]
+    dtype = getattr(torch, case.dtype)
+    num_blocks = 1 + case.batch * -(-case.tokens // BLOCK_SIZE)
+    cache = torch.zeros(num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size).to(dtype)
+    halves = cache.view(num_blocks, kv_heads, 2 * BLOCK_SIZE, head_size)
+    key_cache, value_cache = halves.chunk(2, dim=2)
+    blocks = torch.randperm(num_blocks - 1).view(case.batch, -1, 1) + 1
+    slots = blocks * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
+    slots = slots.view(case.batch, -1)[:, : case.tokens].reshape(-1).contiguous()
+    fused = torch.randn(len(slots), 2, kv_heads, head_size).to(dtype)
+    key, value = fused.unbind(1)
+    isa = _get_attn_isa(dtype, BLOCK_SIZE, head_size)
+
+    def ours() -> None:
+        cpu.write_kv(key, value, cache, slots)
+
+    def stock() -> None:
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+
+    return ours, stock
+
+
 def measure(case: Case, block_size: int, seconds: float) -> dict[str, float]:
     """Median times (us) of both kernels in turns, and their ratio's spread."""
-    ours, stock = make_ours(case, block_size), make_stock(case)
+    if case.resident:
+        ours, stock = make_ours(case, block_size), make_stock(case)
+    else:
+        ours, stock = make_writes(case)
     for call in (ours, stock, ours, stock):
         call()
     begin = time.perf_counter()
@@ -191,15 +224,16 @@ def floor_us(case: Case, bandwidth: float, rate: float) -> float:
     """Lower bound of a call's time, see the module's docstring."""
     heads, kv_heads, head_size = SHAPES[case.shape]
     element = getattr(torch, case.dtype).itemsize
-    keys = case.batch * (case.resident + case.tokens - 1)
+    keys = case.batch * (case.tokens + max(0, case.resident - 1))
     nbytes = keys * 2 * kv_heads * head_size * element
+    if not case.resident:
+        nbytes *= 2
     operations = 4 * case.batch * case.tokens * case.resident * heads * head_size
     return max(nbytes / bandwidth, operations / rate) * 1e6
 
 
-def cases(dtype: str, quick: bool) -> list[Case]:
-    """The sweep: decodes over batch and resident keys, prefill chunks at 2048."""
-    shapes = list(SHAPES)
+def cases(dtype: str, shapes: list[str], quick: bool) -> list[Case]:
+    """The sweep: decodes over batch and resident keys, prefills at 2048, writes."""
     residents = [2048] if quick else [512, 2048, 4096]
     batches = [1, 8] if quick else [1, 8, 32]
     return [
@@ -213,6 +247,11 @@ def cases(dtype: str, quick: bool) -> list[Case]:
             Case(shape, 1, tokens, 2048, dtype)
             for shape in shapes
             for tokens in ([128] if quick else [128, 512])
+        ),
+        *(
+            Case(shape, batch, tokens, 0, dtype)
+            for shape in shapes
+            for batch, tokens in ([(8, 1)] if quick else [(1, 1), (32, 1), (1, 512)])
         ),
     ]
 
@@ -271,11 +310,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--quick", action="store_true", help="a short sweep")
     parser.add_argument("--output-dir", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    cpu.prepare(torch.float32)
     rows: list[dict[str, object]] = []
     print(
         f"{'dtype':9s}{'shape':14s}{'batch':>6s}{'tokens':>7s}{'keys':>6s}"
@@ -283,7 +324,7 @@ def main() -> None:
     )
     for dtype in options.dtype:
         bandwidth, rate = measure_rates(getattr(torch, dtype))
-        for case in cases(dtype, options.quick):
+        for case in cases(dtype, options.shapes, options.quick):
             result = measure(case, options.block_size, options.seconds)
             floor = floor_us(case, bandwidth, rate)
             rows.append({**asdict(case), **result, "floor_us": floor})

@@ -13,13 +13,10 @@ from typing import Any
 import vllm
 from packaging.version import Version
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
-
-logger = init_logger(__name__)
 
 SUPPORTED_VLLM = (Version("0.29"), Version("0.33"))
 """From the first, up to but without the second."""
@@ -64,13 +61,6 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     model_config.max_model_len = MAX_STREAM_TOKENS
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
     vllm_config.parallel_config.worker_cls = CPU_WORKER
-    logger.info(
-        "Sink eviction: cache config %d+%d, streams of any length keep at most %d "
-        "tokens beside those of the running step",
-        window.sink_tokens,
-        window.window_tokens,
-        window.capacity + 1,
-    )
 
 
 def _check_settings(vllm_config: VllmConfig) -> None:

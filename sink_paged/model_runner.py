@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.v1.worker.block_table import BlockTable
@@ -29,8 +28,6 @@ from sink_paged.window import BlockWindow
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-logger = init_logger(__name__)
 
 # Python names this flag from 3.13 on; the number is Linux's on x86 and Arm.
 MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)

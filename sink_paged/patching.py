@@ -19,7 +19,7 @@ import vllm
 from packaging.version import Version
 from vllm.logger import init_logger
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
 
 class PatchError(RuntimeError):

@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -14,6 +15,8 @@ from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec
 from sink_paged.model_runner import bind_rotations, enable_streams
 from sink_paged.rotary import UnsupportedLayerError
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
 
 def stream_config(vllm_config: VllmConfig) -> StreamConfig:
@@ -87,3 +90,18 @@ class SinkCPUWorker(CPUWorker):
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
         self.token_rows = enable_streams(self.model_runner)
+        window = stream_config(self.vllm_config).window
+        for group in kv_cache_config.kv_cache_groups:
+            blocks = group.kv_cache_spec.blocks
+            bound = blocks.max_blocks(self.vllm_config.max_in_flight_tokens)
+            logger.info(
+                "Sink eviction: cache config %d+%d. A stream of any length holds at "
+                "most %d KV blocks of %d tokens (%d while it only decodes); the pool "
+                "has %d",
+                window.sink_tokens,
+                window.window_tokens,
+                bound,
+                blocks.block_size,
+                blocks.max_blocks(1),
+                kv_cache_config.num_blocks - 1,
+            )

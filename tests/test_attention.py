@@ -2,7 +2,13 @@
 """The CPU kernel against the reference, and the reference against its definition."""
 
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sink_paged.attention import cpu, reference
+from sink_paged.attention import cpu, launch, reference
 from sink_paged.window import BlockWindow, SinkWindow
 
 # float32: both sides accumulate in float32, in another order; relative error about
@@ -360,3 +366,106 @@ def test_flat_output_in_inference_mode() -> None:
             cpu.sink_attention(query, cache, output.view(len(output), -1), *args, **kw)
 
     assert torch.equal(batch.run(flat), expected)
+
+
+def run_python(code: str, tmp_path: Path, **environment: str) -> str:
+    """Output of a fresh interpreter on a copy of the package in `tmp_path`."""
+    package = tmp_path / "sink_paged"
+    if not package.exists():
+        source = Path(cpu.__file__).parents[1]
+        shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+LOAD = """
+import logging
+logging.basicConfig(level=logging.INFO)
+from sink_paged.attention import launch
+kernels = launch.load_kernels()
+print(kernels.attend.cache_hits, kernels.store.cache_hits)
+"""
+
+
+@pytest.mark.slow
+def test_cache_knows_every_source(tmp_path: Path) -> None:
+    """Kernels load from the cache until any file they are made of changes."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    first = run_python(LOAD, tmp_path, **cache)
+    assert first.split()[-2:] == ["0", "0"]
+    assert "Compiling the attention kernel" in first
+    again = run_python(LOAD, tmp_path, **cache)
+    assert again.split()[-2:] == ["1", "1"]
+    assert "Compiling" not in again
+    with (tmp_path / "sink_paged/attention/softmax.py").open("a") as file:
+        file.write("# another text\n")
+    assert run_python(LOAD, tmp_path, **cache).split()[-2:] == ["0", "0"]
+
+
+@pytest.mark.slow
+def test_no_cache_to_write(tmp_path: Path) -> None:
+    """Where no directory takes the cache, kernels are compiled without one."""
+    run_python("", tmp_path)
+    # Files where directories should be, which stop the superuser too.
+    (tmp_path / "sink_paged/attention/__pycache__").touch()
+    (tmp_path / "home").touch()
+    home = str(tmp_path / "home")
+    output = run_python(
+        LOAD, tmp_path, XDG_CACHE_HOME=home, HOME=home, NUMBA_CACHE_DIR=""
+    )
+    assert output.split()[-2:] == ["0", "0"]
+    assert not list(tmp_path.rglob("*.nbc"))
+
+
+def test_sources_are_complete() -> None:
+    """The cache's key covers every module that holds a part of a kernel."""
+    folder = Path(cpu.__file__).parent
+    inside = {
+        path.name
+        for path in folder.glob("*.py")
+        if re.search(r"^@jit|import jit|^ITEM", path.read_text(), re.MULTILINE)
+        or "llvmlite" in path.read_text()
+    }
+    assert inside <= set(launch.SOURCES)
+
+
+def test_prepare_refuses_other_dtypes() -> None:
+    """A dtype without a kernel is an error when the model is built."""
+    cpu.prepare(torch.bfloat16)
+    with pytest.raises(ValueError, match="float64"):
+        cpu.prepare(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "threads"), [(71, 2), (4, 3), (1, 7)])
+@pytest.mark.parametrize("option", ["sink_logits", "alibi_slopes"])
+def test_split_keys(
+    dtype: torch.dtype, num_heads: int, threads: int, option: str
+) -> None:
+    """A single stream whose keys are shared by several threads, twice in a row."""
+    values = OPTIONS["all"][option].repeat(-(-num_heads // 4))[:num_heads]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for seq_len in (1500, 40):
+            Batch(
+                [(1, seq_len)],
+                SinkWindow(40, 900),
+                num_heads=num_heads,
+                num_kv_heads=1,
+                block_size=48 if threads == 3 else 128,
+                dtype=dtype,
+                rotary_dim=64,
+                options={option: values},
+            ).check()
+    finally:
+        torch.set_num_threads(before)

@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from sink_paged.attention.cpu import sink_attention, write_kv
+from sink_paged.attention.cpu import prepare, sink_attention, write_kv
 from sink_paged.config import StreamConfig
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
 
@@ -110,9 +110,11 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         self.alibi_slopes = alibi_slopes
         self.logits_soft_cap = logits_soft_cap
         self.sinks = sinks
-        stream = StreamConfig.load(get_current_vllm_config().additional_config)
+        vllm_config = get_current_vllm_config()
+        stream = StreamConfig.load(vllm_config.additional_config)
         assert stream is not None, "this backend is chosen by sink eviction only"
         self.window = stream.window
+        prepare(vllm_config.model_config.dtype)
         self.rotations: StepRotations | None = None
 
     def check_supported(self) -> None:

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a query tile to a range of keys, chunk by chunk; pages as in `cpu`.
+
+As in FlashAttention: the logits of a chunk, their exponentials under a running maximum,
+the weighted sum of values.
+"""
+
+from numba import types
+
+from sink_paged.attention.arguments import (
+    BLOCK_SIZE,
+    CACHE,
+    CACHE_BLOCK,
+    CACHE_HEAD,
+    COLUMNS,
+    HEAD_SIZE,
+    HEADS,
+    KIND,
+    KV_HEADS,
+    RECENT,
+    SCALE,
+    SINKS,
+    SLOPES,
+    SOFT_CAP,
+    TABLE,
+    TABLE_ROW,
+)
+from sink_paged.attention.matmul import (
+    multiply,
+)
+from sink_paged.attention.simd import (
+    LOG2_E,
+    copy_masked,
+    jit,
+    load_f32,
+    load_f64,
+    load_i32,
+    load_i64,
+    prefetch,
+    scale_row,
+    store_f32,
+    zero_half_row,
+    zero_row,
+)
+from sink_paged.attention.softmax import (
+    exp2,
+    exponentials,
+    exponentials_bf16,
+    general_logits,
+    largest_of,
+    mask,
+)
+from sink_paged.attention.tiles import (
+    multiply_tiles,
+)
+
+CHUNK = 256  # keys that share one softmax update
+WEIGHT_COLUMNS = CHUNK + 32  # a matrix tile may begin in a chunk and end behind it
+
+
+@jit
+def _page(args: int, request: int, kv_head: int, key: int) -> int:
+    """Address of the page that holds text position `key`."""
+    block_size, sinks = load_i64(args + BLOCK_SIZE), load_i64(args + SINKS)
+    num_columns = load_i64(args + COLUMNS)
+    block, pinned = key // block_size, (sinks + block_size - 1) // block_size
+    column = block
+    if block >= pinned:
+        column = pinned + (block - pinned) % (num_columns - pinned)
+    row = load_i64(args + TABLE) + request * load_i64(args + TABLE_ROW)
+    number = types.int64(load_i32(row + 4 * column))
+    return (
+        load_i64(args + CACHE)
+        + number * load_i64(args + CACHE_BLOCK)
+        + kv_head * load_i64(args + CACHE_HEAD)
+    )
+
+
+@jit
+def _multiply_keys(
+    args: int,
+    request: int,
+    kv_head: int,
+    begin: int,
+    end: int,
+    query: int,
+    rows: int,
+    tiles: int,
+    logits: int,
+) -> None:
+    """Products of query rows and the keys `[begin, end)`, `begin` a multiple of 16."""
+    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
+    kind = load_i64(args + KIND)
+    element = 4 if kind == 0 else 2
+    pair = 2 if kind == 1 else 1
+    key_tile = 16 * head_size * element
+    key = begin
+    while key < end:
+        offset = key % block_size
+        run = min(block_size - offset, end - key)
+        vectors = (run + 15) // 16
+        keys = _page(args, request, kv_head, key) + (offset // 16) * key_tile
+        target = logits + 4 * (key - begin)
+        if tiles:
+            multiply_tiles(
+                query,
+                2 * head_size,
+                keys,
+                64,
+                key_tile,
+                1024,
+                target,
+                4 * WEIGHT_COLUMNS,
+                tiles,
+                vectors,
+                head_size // 32,
+                0,
+            )
+        else:
+            multiply(
+                kind,
+                query,
+                4 * head_size,
+                keys,
+                16 * element * pair,
+                key_tile,
+                target,
+                4 * WEIGHT_COLUMNS,
+                rows,
+                vectors,
+                head_size,
+                0,
+            )
+        key += run
+
+
+@jit
+def _update_softmax(
+    args: int,
+    position: int,
+    first_head: int,
+    rows: int,
+    is_sink: bool,
+    begin: int,
+    end: int,
+    weights: int,
+    weights_half: int,
+    sums: int,
+    state: int,
+) -> None:
+    """Turn the logits of the keys `[begin, end)` into weights.
+
+    Keys that a row does not attend weigh nothing in it. `weights_half` is where
+    bfloat16 weights go, 0 for float32 ones in place.
+    """
+    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    head_size, slopes = load_i64(args + HEAD_SIZE), load_i64(args + SLOPES)
+    sinks, recent = load_i64(args + SINKS), load_i64(args + RECENT)
+    scale = types.float32(load_f64(args + SCALE))
+    soft_cap = types.float32(load_f64(args + SOFT_CAP))
+    slope = types.float32(0.0)
+    for row in range(rows):
+        i = position + row // group
+        if is_sink:
+            first, last = types.int64(0), min(sinks, i - recent)
+            distance_from = min(i, sinks + recent)
+        else:
+            first, last = max(i - recent, 0), i + 1
+            distance_from = i
+        low, high = max(first, begin) - begin, min(last, end) - begin
+        logits = weights + row * 4 * WEIGHT_COLUMNS
+        half = weights_half + row * 2 * WEIGHT_COLUMNS
+        low16, high16 = low & -16, (high + 15) & -16
+        if high <= low:
+            low16 = high16 = types.int64(0)
+        else:
+            factor = scale * types.float32(LOG2_E)
+            if slopes != 0 or soft_cap > 0:
+                if slopes != 0:
+                    slope = load_f32(slopes + 4 * (first_head + row % group))
+                shift = types.float32(begin - distance_from)
+                general_logits(logits, low16, high16, scale, soft_cap, slope, shift)
+                factor = types.float32(1)
+            if low16 < low:
+                mask(logits, low16, low, high)
+            if high < high16:
+                mask(logits, high16 - 16, low, high)
+            largest = largest_of(logits, low16, high16) * factor
+            previous = load_f32(state + 8 * row)
+            total = load_f32(state + 8 * row + 4)
+            if largest > previous:
+                decay = exp2(previous - largest)
+                store_f32(state + 8 * row, largest)
+                scale_row(sums + row * 4 * head_size, head_size, decay)
+                total *= decay
+            else:
+                largest = previous
+            if weights_half:
+                total += exponentials_bf16(logits, low16, high16, factor, largest, half)
+            else:
+                total += exponentials(logits, low16, high16, factor, largest)
+            store_f32(state + 8 * row + 4, total)
+        if weights_half:
+            zero_half_row(half, 0, low16)
+            # Behind `end` too, where a matrix tile may end.
+            zero_half_row(half, high16, end - begin + 16)
+        else:
+            zero_row(logits, 0, low16)
+            zero_row(logits, high16, end - begin)
+
+
+@jit
+def _add_value_tile(
+    weights_half: int,
+    values: int,
+    strip: int,
+    first: int,
+    last: int,
+    tiles: int,
+    head_size: int,
+    spare: int,
+    sums: int,
+) -> None:
+    """Add the tokens `[first, last)` of 32; the others are not read, or ignored."""
+    strips = head_size // 16
+    for line in range(16):
+        bits = 0
+        if first <= 2 * line < last:
+            bits |= 0xFFFF
+        if first <= 2 * line + 1 < last:
+            bits |= -0x10000
+        for n in range(strips):
+            target = spare + 1024 * n + 64 * line
+            if bits == 0:
+                zero_row(target, 0, 16)
+            else:
+                copy_masked(values + n * strip + 64 * line, target, types.int32(bits))
+    multiply_tiles(
+        weights_half,
+        2 * WEIGHT_COLUMNS,
+        spare,
+        64,
+        1024,
+        1024,
+        sums,
+        4 * head_size,
+        tiles,
+        strips,
+        1,
+        1,
+    )
+
+
+@jit
+def _add_values(
+    args: int,
+    request: int,
+    kv_head: int,
+    begin: int,
+    end: int,
+    key_begin: int,
+    rows: int,
+    tiles: int,
+    weights: int,
+    spare: int,
+    sums: int,
+) -> None:
+    """Add the weighted values of the keys `[begin, end)`; none before `key_begin`."""
+    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
+    kind = load_i64(args + KIND)
+    element = 4 if kind == 0 else 2
+    pair = 2 if kind == 1 else 1
+    strip = 16 * block_size * element
+    key = begin
+    while key < end:
+        offset = key % block_size
+        run = min(block_size - offset, end - key)
+        values = _page(args, request, kv_head, key)
+        values += (block_size * head_size + 16 * offset) * element
+        if tiles:
+            row = weights + 2 * (key - begin)
+            done = types.int64(0)
+            # Zero times a NaN is a NaN: tokens that no row attends are not multiplied.
+            if key < key_begin:
+                last = min(run, 32)
+                first = min(key_begin - key, last)
+                _add_value_tile(
+                    row, values, strip, first, last, tiles, head_size, spare, sums
+                )
+                done = last
+            whole = (run - done) // 32
+            if whole > 0:
+                multiply_tiles(
+                    row + 2 * done,
+                    2 * WEIGHT_COLUMNS,
+                    values + 32 * done,
+                    64,
+                    strip,
+                    1024,
+                    sums,
+                    4 * head_size,
+                    tiles,
+                    head_size // 16,
+                    whole,
+                    1,
+                )
+                done += 32 * whole
+            if done < run:
+                _add_value_tile(
+                    row + 2 * done,
+                    values + 32 * done,
+                    strip,
+                    types.int64(0),
+                    run - done,
+                    tiles,
+                    head_size,
+                    spare,
+                    sums,
+                )
+        else:
+            multiply(
+                kind,
+                weights + 4 * (key - begin),
+                4 * WEIGHT_COLUMNS,
+                values,
+                16 * element * pair,
+                strip,
+                sums,
+                4 * head_size,
+                rows,
+                head_size // 16,
+                run,
+                1,
+            )
+        key += run
+
+
+@jit
+def prefetch_page(
+    args: int, request: int, kv_head: int, key: int, run: int, with_keys: bool
+) -> None:
+    """Ask early for the values of `run` tokens from `key`, or for their keys too."""
+    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
+    element = 4 if load_i64(args + KIND) == 0 else 2
+    page, offset = _page(args, request, kv_head, key), key % block_size
+    if with_keys:
+        keys = page + offset // 16 * 16 * head_size * element
+        for n in range(0, (run + 15) // 16 * 16 * head_size * element, 64):
+            prefetch(keys + n)
+    values = page + (block_size * head_size + 16 * offset) * element
+    for n in range(head_size // 16):
+        for line in range(0, 16 * run * element, 64):
+            prefetch(values + n * 16 * block_size * element + line)
+
+
+@jit
+def attend_keys(
+    args: int,
+    request: int,
+    kv_head: int,
+    position: int,
+    rows: int,
+    is_sink: bool,
+    key_begin: int,
+    key_end: int,
+    query: int,
+    tiles: int,
+    weights: int,
+    weights_half: int,
+    spare: int,
+    sums: int,
+    state: int,
+) -> None:
+    """Add the keys `[key_begin, key_end)` to the running softmax of a tile."""
+    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    block_size = load_i64(args + BLOCK_SIZE)
+    # Chunks of whole pages, or at least of whole vectors or matrix tiles of a page.
+    align = 32 if tiles and block_size % 32 == 0 else 16
+    span = types.int64(CHUNK)
+    if block_size <= CHUNK:
+        span = CHUNK - CHUNK % block_size
+    begin = key_begin - key_begin % align
+    while begin < key_end:
+        end = min(begin - begin % span + span, key_end)
+        if tiles == 1:
+            if begin < key_begin:
+                prefetch_page(args, request, kv_head, begin, align, False)
+            if end % align != 0:
+                tail = end % align
+                prefetch_page(args, request, kv_head, end - tail, tail, False)
+        _multiply_keys(args, request, kv_head, begin, end, query, rows, tiles, weights)
+        _update_softmax(
+            args,
+            position,
+            kv_head * group,
+            rows,
+            is_sink,
+            begin,
+            end,
+            weights,
+            weights_half,
+            sums,
+            state,
+        )
+        _add_values(
+            args,
+            request,
+            kv_head,
+            begin,
+            end,
+            key_begin,
+            rows,
+            tiles,
+            weights_half if tiles else weights,
+            spare,
+            sums,
+        )
+        begin = end

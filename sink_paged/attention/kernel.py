@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel of sink attention: work items, their memory and their order.
+
+A work item is a (request, kv head, query tile, part of the keys); the rows of a tile
+are its tokens times the query heads that share the kv head. Threads draw items from a
+shared counter. Keys are split into parts only where there are fewer items than threads;
+the thread that finishes the last part of a tile merges them.
+
+A tile attends the sinks that have left the window, under the query's second rotation,
+then the window.
+"""
+
+from numba import types
+
+from sink_paged.attention.arguments import (
+    ARRIVALS,
+    BLOCK_SIZE,
+    HEAD_SIZE,
+    HEADS,
+    ITEM,
+    KV_HEADS,
+    MATRIX_TILES,
+    MAX_ROWS,
+    PARTIAL_BYTES,
+    PARTIALS,
+    RECENT,
+    REQUESTS,
+    ROTATION,
+    SCRATCH,
+    SCRATCH_BYTES,
+    SEQ_LENS,
+    SINK_LOGITS,
+    SINKS,
+    STARTS,
+    THREAD,
+    THREADS,
+    TILE_TOKENS,
+)
+from sink_paged.attention.chunk import (
+    WEIGHT_COLUMNS,
+    attend_keys,
+    prefetch_page,
+)
+from sink_paged.attention.rows import (
+    merge_parts,
+    read_query,
+    write_output,
+)
+from sink_paged.attention.simd import (
+    LOG2_E,
+    fetch_add,
+    jit,
+    load_f32,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_i64,
+    zero_row,
+)
+from sink_paged.attention.tiles import (
+    begin_tiles,
+    end_tiles,
+)
+
+MIN_PART = 128  # keys below which a part is not worth merging
+
+
+def scratch_size(max_rows: int, head_size: int) -> int:
+    """Bytes of scratch memory that a thread needs, see `_attend_tile`."""
+    per_row = 16 * head_size + 6 * WEIGHT_COLUMNS + 8
+    return (max_rows * per_row + 64 * head_size + 64 + 63) // 64 * 64
+
+
+@jit
+def _attend_tile(
+    args: int,
+    request: int,
+    kv_head: int,
+    first_token: int,
+    num_tokens: int,
+    item: int,
+    parts: int,
+    scratch: int,
+) -> None:
+    """Attention of `num_tokens` tokens of a request from `first_token`."""
+    head_size, max_rows = load_i64(args + HEAD_SIZE), load_i64(args + MAX_ROWS)
+    sinks, recent = load_i64(args + SINKS), load_i64(args + RECENT)
+    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    sink_logits = load_i64(args + SINK_LOGITS)
+    rows, part = num_tokens * group, item % parts
+    starts = load_i64(args + STARTS) + 4 * request
+    end_row = types.int64(load_i32(starts + 4))
+    first_row = types.int64(load_i32(starts)) + first_token
+    seq_len = types.int64(load_i32(load_i64(args + SEQ_LENS) + 4 * request))
+    position = seq_len - end_row + first_row
+    last = position + num_tokens - 1
+
+    tile_config, query = scratch, scratch + 64
+    sink_query = query + max_rows * 4 * head_size
+    sums = sink_query + max_rows * 4 * head_size
+    weights = sums + max_rows * 4 * head_size
+    weights_half = weights + max_rows * 4 * WEIGHT_COLUMNS
+    spare = weights_half + max_rows * 2 * WEIGHT_COLUMNS
+    state = spare + 64 * head_size
+    if parts > 1:
+        sums = load_i64(args + PARTIALS) + item * load_i64(args + PARTIAL_BYTES)
+        state = sums + max_rows * 4 * head_size
+
+    tiles = types.int64(0)
+    if load_i64(args + MATRIX_TILES) != 0:
+        tiles = (rows + 15) // 16
+        begin_tiles(tile_config, min(rows, 16))
+    else:
+        weights_half = types.int64(0)
+    sink_end = min(sinks, last - recent) if part == 0 else types.int64(0)
+    rotate = load_i64(args + ROTATION) != 0 and sink_end > 0
+    if sink_end > 0 and rows <= 16:
+        first_run = min(sink_end, load_i64(args + BLOCK_SIZE), 16)
+        prefetch_page(args, request, kv_head, types.int64(0), first_run, True)
+    read_query(args, first_row, kv_head, rows, tiles, rotate, query, sink_query, spare)
+    for row in range(rows):
+        logit, total = types.float32(-1e30), types.float32(0)
+        if sink_logits != 0 and part == 0:
+            head = kv_head * group + row % group
+            logit = load_f32(sink_logits + 4 * head) * types.float32(LOG2_E)
+            total = types.float32(1)
+        store_f32(state + 8 * row, logit)
+        store_f32(state + 8 * row + 4, total)
+        zero_row(sums + row * 4 * head_size, 0, head_size)
+
+    key_begin, key_end = max(position - recent, 0), last + 1
+    if parts > 1:
+        share = (key_end - key_begin + parts - 1) // parts
+        first = key_begin + part * share
+        if part > 0:
+            key_begin = min(first - first % 32, key_end)
+        if part + 1 < parts:
+            key_end = min(first + share - (first + share) % 32, key_end)
+    if sink_end > 0:
+        attend_keys(
+            args,
+            request,
+            kv_head,
+            position,
+            rows,
+            True,
+            types.int64(0),
+            sink_end,
+            sink_query if rotate else query,
+            tiles,
+            weights,
+            weights_half,
+            spare,
+            sums,
+            state,
+        )
+    attend_keys(
+        args,
+        request,
+        kv_head,
+        position,
+        rows,
+        False,
+        key_begin,
+        key_end,
+        query,
+        tiles,
+        weights,
+        weights_half,
+        spare,
+        sums,
+        state,
+    )
+    if parts > 1:
+        arrivals = load_i64(args + ARRIVALS) + 8 * (item // parts)
+        if fetch_add(arrivals, 1) + 1 < parts:
+            return
+        store_i64(arrivals, 0)
+        sums -= part * load_i64(args + PARTIAL_BYTES)
+        state -= part * load_i64(args + PARTIAL_BYTES)
+        merge_parts(args, sums, parts, rows)
+    write_output(args, first_row, kv_head, rows, sums, state)
+
+
+@jit
+def _count_parts(args: int) -> int:
+    """Parts into which the keys of each tile are split."""
+    threads, tile_tokens = load_i64(args + THREADS), load_i64(args + TILE_TOKENS)
+    if threads == 1:
+        return types.int64(1)
+    starts, items = load_i64(args + STARTS), types.int64(0)
+    for request in range(load_i64(args + REQUESTS)):
+        start = load_i32(starts + 4 * request)
+        num_tokens = types.int64(load_i32(starts + 4 * request + 4) - start)
+        items += (num_tokens + tile_tokens - 1) // tile_tokens
+    items *= load_i64(args + KV_HEADS)
+    most = load_i64(args + RECENT) // MIN_PART
+    if items == 0 or items >= threads or most == 0:
+        return types.int64(1)
+    return min((threads + items - 1) // items, most)
+
+
+@jit
+def attend(args: int) -> None:
+    """Body of one thread: draw work items until none is left."""
+    num_requests, num_kv_heads = load_i64(args + REQUESTS), load_i64(args + KV_HEADS)
+    tile_tokens, starts = load_i64(args + TILE_TOKENS), load_i64(args + STARTS)
+    thread, parts = fetch_add(args + THREAD, 1), _count_parts(args)
+    scratch = load_i64(args + SCRATCH) + thread * load_i64(args + SCRATCH_BYTES)
+    request, first_item = types.int64(0), types.int64(0)
+    store_i64(scratch, 0)  # no tile configuration yet
+    item = fetch_add(args + ITEM, 1)
+    while request < num_requests:
+        start = load_i32(starts + 4 * request)
+        num_tokens = types.int64(load_i32(starts + 4 * request + 4) - start)
+        tiles = (num_tokens + tile_tokens - 1) // tile_tokens
+        if item >= first_item + tiles * num_kv_heads * parts:
+            first_item += tiles * num_kv_heads * parts
+            request += 1
+            continue
+        local = (item - first_item) // parts
+        kv_head, token = local // tiles, local % tiles * tile_tokens
+        _attend_tile(
+            args,
+            request,
+            kv_head,
+            token,
+            min(tile_tokens, num_tokens - token),
+            item,
+            parts,
+            scratch,
+        )
+        item = fetch_add(args + ITEM, 1)
+    if load_i64(args + MATRIX_TILES) != 0:
+        end_tiles()

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Register-tiled matrix product on the raw memory of a page, for every dtype."""
+
+import functools
+import itertools
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from sink_paged.attention.simd import (
+    BFLOAT16,
+    F32,
+    FLOAT16,
+    I64,
+    VEC,
+    VEC_I32,
+    constant,
+    emit_variants,
+    fma,
+    int_constant,
+    jit,
+    load,
+    offset_by,
+    primitive,
+    splat,
+    store,
+    widen,
+)
+
+
+def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
+    return builder.add(base, builder.mul(stride, ir.Constant(I64, row)))
+
+
+def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> None:
+    """Emit the micro-kernel `C[rows, 16 * vectors] (+)= A[rows, depth] @ B`."""
+    a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate = args
+    step = 2 if kind == BFLOAT16 else 1
+    rows_a = [_row_address(builder, a, lda, r) for r in range(rows)]
+    rows_c = [_row_address(builder, c, ldc, r) for r in range(rows)]
+    column = [builder.mul(vector_stride, ir.Constant(I64, n)) for n in range(vectors)]
+    keep = builder.icmp_signed("!=", accumulate, ir.Constant(I64, 0))
+    initial = [
+        builder.select(
+            keep, load(builder, offset_by(builder, rows_c[r], 64 * n), VEC), constant(0)
+        )
+        for r in range(rows)
+        for n in range(vectors)
+    ]
+
+    def add(sums: list[Any], address: Any, offset: Any, both: bool) -> list[Any]:
+        tiles: list[tuple[Any, ...]] = []
+        for n in range(vectors):
+            at = builder.add(address, column[n])
+            if kind != BFLOAT16:
+                tiles.append((widen(builder, kind, at),))
+                continue
+            pair = load(builder, at, VEC_I32)
+            low = builder.shl(pair, int_constant(16))
+            high = builder.and_(pair, int_constant(-65536))
+            tiles.append((builder.bitcast(low, VEC), builder.bitcast(high, VEC)))
+        sums = list(sums)
+        for r in range(rows):
+            for half in range(2 if kind == BFLOAT16 and both else 1):
+                at = offset_by(builder, builder.add(rows_a[r], offset), 4 * half)
+                value = splat(builder, load(builder, at, F32))
+                for n in range(vectors):
+                    i = r * vectors + n
+                    sums[i] = fma(builder, value, tiles[n][half], sums[i])
+        return sums
+
+    entry = builder.block
+    head = builder.append_basic_block("product.head")
+    body = builder.append_basic_block("product.body")
+    done = builder.append_basic_block("product.done")
+    whole = builder.and_(depth, ir.Constant(I64, -step))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    address = builder.phi(I64)
+    sums = [builder.phi(VEC) for _ in initial]
+    index.add_incoming(ir.Constant(I64, 0), entry)
+    address.add_incoming(b, entry)
+    for phi, value in zip(sums, initial, strict=True):
+        phi.add_incoming(value, entry)
+    builder.cbranch(builder.icmp_signed("<", index, whole), body, done)
+    builder.position_at_end(body)
+    offset = builder.shl(index, ir.Constant(I64, 2))
+    updated = add(sums, address, offset, True)
+    index.add_incoming(builder.add(index, ir.Constant(I64, step)), body)
+    address.add_incoming(builder.add(address, depth_stride), body)
+    for phi, value in zip(sums, updated, strict=True):
+        phi.add_incoming(value, body)
+    builder.branch(head)
+    builder.position_at_end(done)
+
+    def write(values: list[Any]) -> None:
+        for r in range(rows):
+            for n in range(vectors):
+                at = offset_by(builder, rows_c[r], 64 * n)
+                store(builder, values[r * vectors + n], at)
+
+    if step == 1:
+        write(sums)
+        return
+    offset = builder.shl(index, ir.Constant(I64, 2))
+    with builder.if_else(builder.icmp_signed("<", index, depth)) as (odd, even):
+        with odd:
+            write(add(sums, address, offset, False))
+        with even:
+            write(sums)
+
+
+def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) -> None:
+    tiles = builder.add(builder.mul(rows, ir.Constant(I64, 10)), vectors)
+    case = builder.add(builder.mul(kind, ir.Constant(I64, 100)), tiles)
+    keys = [
+        *itertools.product(range(3), (4, 2, 1), (4, 2, 1)),
+        *itertools.product((FLOAT16,), (8,), (2, 1)),
+    ]
+    variants = {
+        100 * kind + 10 * rows + vectors: functools.partial(
+            _product, kind=kind, rows=rows, vectors=vectors
+        )
+        for kind, rows, vectors in keys
+    }
+    emit_variants(builder, case, variants, "sink_paged.product", args)
+
+
+_product_tile = primitive(types.void, (types.int64,) * 12, _emit_product)
+
+
+@jit
+def multiply(
+    kind: int,
+    a: int,
+    lda: int,
+    b: int,
+    depth_stride: int,
+    vector_stride: int,
+    c: int,
+    ldc: int,
+    rows: int,
+    vectors: int,
+    depth: int,
+    keep: int,
+) -> None:
+    """Product `C[rows, 16 * vectors] += A[rows, depth] @ B` with float32 A and C.
+
+    B, of dtype `kind`, has vector n of depth step k at
+    `b + n * vector_stride + k * depth_stride`. bfloat16 comes in pairs: k and k+1 of a
+    lane side by side, `depth_stride` for both; of an odd depth the second element of
+    the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+    """
+    # float16 costs a conversion a load, which more rows share.
+    tall = kind == FLOAT16 and rows >= 8
+    v = 0
+    while v < vectors:
+        width = 4 if v + 4 <= vectors and not tall else (2 if v + 2 <= vectors else 1)
+        r = 0
+        while r < rows:
+            height = 4 if r + 4 <= rows else (2 if r + 2 <= rows else 1)
+            if tall and r + 8 <= rows:
+                height = 8
+            _product_tile(
+                kind,
+                height,
+                width,
+                a + r * lda,
+                lda,
+                b + v * vector_stride,
+                depth_stride,
+                vector_stride,
+                c + r * ldc + v * 64,
+                ldc,
+                depth,
+                keep,
+            )
+            r += height
+        v += width

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix product of bfloat16 on the CPU's matrix tiles (AMX).
+
+A tile is 16 rows of 64 bytes: bfloat16 pairs in, float32 out.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from sink_paged.attention.simd import (
+    ADDRESS,
+    I32,
+    I64,
+    call_llvm,
+    emit_variants,
+    jit,
+    load_i32,
+    offset_by,
+    pointer_to,
+    primitive,
+    store_i32,
+)
+
+
+def _has_amx() -> bool:
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("amx-tile") and features.get("amx-bf16"))
+
+
+HAS_AMX = _has_amx()
+
+
+def _tile_call(builder: Any, name: str, *values: Any) -> None:
+    if HAS_AMX:
+        call_llvm(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
+
+
+def _bytes_pointer(builder: Any, address: Any) -> Any:
+    return pointer_to(builder, address, ir.IntType(8))
+
+
+configure_tiles = primitive(
+    types.void,
+    (ADDRESS,),
+    lambda builder, config: _tile_call(
+        builder, "ldtilecfg", _bytes_pointer(builder, config)
+    ),
+)
+
+
+@jit
+def begin_tiles(config: int, rows: int) -> None:
+    """Configure this thread's tiles, of `rows` <= 16 rows for A and C, 16 for B.
+
+    Tiles 0 to 3 are C, 4 is A, 5 is A of a second 16 rows, 6 and 7 are B.
+
+    64 bytes at `config` are scratch.
+    """
+    if load_i32(config) == 1 and load_i32(config + 48) == rows * 0x01010101:
+        return
+    for n in range(16):
+        store_i32(config + 4 * n, 0)
+    store_i32(config, 1)  # palette
+    for n in range(4):
+        store_i32(config + 16 + 4 * n, 64 + (64 << 16))  # bytes a row
+    store_i32(config + 48, rows * 0x01010101)
+    store_i32(config + 52, rows + 0x10101000)
+    configure_tiles(config)
+
+
+end_tiles = primitive(
+    types.void, (), lambda builder: _tile_call(builder, "tilerelease")
+)
+
+
+def _number(number: int) -> Any:
+    return ir.Constant(ir.IntType(8), number)
+
+
+def _prefetch_tiles(
+    builder: Any, address: Any, vectors: int, vector_stride: Any
+) -> None:
+    """Few query rows read the cache once: memory is the limit, and is asked early."""
+    flags = [ir.Constant(I32, n) for n in (0, 3, 1)]
+    ahead = builder.mul(vector_stride, ir.Constant(I64, vectors))
+    for v in range(vectors):
+        strip = builder.mul(vector_stride, ir.Constant(I64, v))
+        base = builder.add(builder.add(address, strip), ahead)
+        for line in range(16):
+            pointer = _bytes_pointer(builder, offset_by(builder, base, 64 * line))
+            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+
+
+def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
+    """Emit `C[16 * rows, 16 * vectors] (+)= A[., 32 * depth] @ B`; tiles 0-3 are C."""
+    a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, depth, accumulate = args
+    tiles = [(r, v, rows * v + r) for r in range(rows) for v in range(vectors)]
+    read_once = "tileloaddt164" if rows == 1 else "tileloadd64"
+
+    def at(base: Any, count: int, stride: Any) -> Any:
+        address = builder.add(base, builder.mul(stride, ir.Constant(I64, count)))
+        return _bytes_pointer(builder, address)
+
+    def corner(r: int, v: int) -> Any:
+        return at(offset_by(builder, c, 64 * v), 16 * r, ldc)
+
+    keep = builder.icmp_signed("!=", accumulate, ir.Constant(I64, 0))
+    with builder.if_else(keep) as (known, clear):
+        with known:
+            for r, v, number in tiles:
+                _tile_call(builder, "tileloadd64", _number(number), corner(r, v), ldc)
+        with clear:
+            for _, _, number in tiles:
+                _tile_call(builder, "tilezero", _number(number))
+    with cgutils.for_range(builder, depth) as loop:
+        step_a = builder.add(a, builder.mul(loop.index, ir.Constant(I64, 64)))
+        step_b = builder.add(b, builder.mul(loop.index, depth_stride))
+        if rows == 1:
+            _prefetch_tiles(builder, step_b, vectors, vector_stride)
+        for r in range(rows):
+            tile_a = _number(4 + r)
+            _tile_call(builder, "tileloadd64", tile_a, at(step_a, 16 * r, lda), lda)
+        for v in range(vectors):
+            tile_b = _number(6 + v)
+            source = at(step_b, v, vector_stride)
+            _tile_call(builder, read_once, tile_b, source, row_stride)
+            for r in range(rows):
+                number = _number(rows * v + r)
+                _tile_call(builder, "tdpbf16ps", number, _number(4 + r), tile_b)
+    for r, v, number in tiles:
+        _tile_call(builder, "tilestored64", _number(number), corner(r, v), ldc)
+
+
+def _emit_tile_product(builder: Any, rows: Any, vectors: Any, *args: Any) -> None:
+    variants = list(itertools.product((1, 2), (1, 2)))
+    case = builder.add(builder.mul(rows, ir.Constant(I64, 10)), vectors)
+    emit_variants(
+        builder,
+        case,
+        {
+            10 * rows + vectors: functools.partial(
+                _tile_product, rows=rows, vectors=vectors
+            )
+            for rows, vectors in variants
+        },
+        "sink_paged.tiles",
+        args,
+    )
+
+
+_tile_block = primitive(types.void, (types.int64,) * 12, _emit_tile_product)
+
+
+@jit
+def multiply_tiles(
+    a: int,
+    lda: int,
+    b: int,
+    row_stride: int,
+    vector_stride: int,
+    depth_stride: int,
+    c: int,
+    ldc: int,
+    rows: int,
+    vectors: int,
+    depth: int,
+    keep: int,
+) -> None:
+    """Product `C[16 * rows, 16 * vectors] (+)= A[16 * rows, 32 * depth] @ B` on tiles.
+
+    A and B are bfloat16, C float32. Tile (k, n) of B has its 16 rows of 16 pairs at
+    `b + k * depth_stride + n * vector_stride`, `row_stride` apart. Strides are bytes.
+    `keep = 0` overwrites C. Only between `begin_tiles` and `end_tiles`.
+    """
+    v = 0
+    while v < vectors:
+        width = 2 if v + 2 <= vectors else 1
+        r = 0
+        while r < rows:
+            height = 2 if r + 2 <= rows else 1
+            _tile_block(
+                height,
+                width,
+                a + 16 * r * lda,
+                lda,
+                b + v * vector_stride,
+                row_stride,
+                vector_stride,
+                depth_stride,
+                c + 16 * r * ldc + 64 * v,
+                ldc,
+                depth,
+                keep,
+            )
+            r += height
+        v += width
