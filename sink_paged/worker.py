@@ -86,6 +86,22 @@ class SinkCPUWorker(CPUWorker):
         finally:
             generators.update(kept)
 
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache; refuses too few in terms of a stream's bound."""
+        available: int = super().determine_available_memory()
+        specs = self.get_kv_cache_spec().values()
+        needed = sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)
+        if needed > available:
+            window = stream_config(self.vllm_config).window
+            raise ValueError(
+                f"the KV cache has {available >> 20} MiB, but a stream with cache "
+                f"config {window.sink_tokens}+{window.window_tokens} can hold "
+                f"{needed >> 20} MiB while {self.vllm_config.max_in_flight_tokens} of "
+                "its tokens are in flight: give the KV cache more memory, or lower "
+                "--sink-window or --max-num-batched-tokens"
+            )
+        return available
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)

@@ -252,3 +252,14 @@ def test_unsupported_layers_are_refused_by_name(
         engine(tmp_path, (4, 60), max_model_len=128),
     ):
         pass
+
+
+def test_too_little_memory_is_refused_in_terms_of_a_stream() -> None:
+    options = {"kv_cache_memory_bytes": 1 << 20, "max_num_batched_tokens": 2048}
+    with (
+        pytest.raises(
+            ValueError, match=r"has 1 MiB, but a stream with cache config 4\+60"
+        ),
+        engine(GOLDEN, (4, 60), **options),
+    ):
+        pass
