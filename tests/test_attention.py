@@ -218,6 +218,24 @@ def test_options(dtype: torch.dtype, rotary_dim: int, options: dict[str, Any]) -
     ).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [32, 96, 128, 2048])
+@pytest.mark.parametrize("options", ["sink_logits", "all"])
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 10), (4, 10), (32, 10), (4, 2200)])
+def test_few_rows(
+    dtype: torch.dtype, block_size: int, sinks: int, recent: int, options: str
+) -> None:
+    """Decodes and short chunks, of streams from a few tokens to several updates."""
+    Batch(
+        [(1, 20), (4, 24), (1, 45), (3, 47), (1, 1030), (3, 2300), (1, 2500)],
+        SinkWindow(sinks, recent),
+        block_size=block_size,
+        dtype=dtype,
+        rotary_dim=64,
+        options=OPTIONS[options],
+    ).check()
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
     """Any batch of up to four streams."""

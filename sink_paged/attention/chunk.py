@@ -9,10 +9,6 @@ from numba import types
 
 from sink_paged.attention.arguments import (
     BLOCK_SIZE,
-    CACHE,
-    CACHE_BLOCK,
-    CACHE_HEAD,
-    COLUMNS,
     HEAD_SIZE,
     HEADS,
     KIND,
@@ -22,21 +18,17 @@ from sink_paged.attention.arguments import (
     SINKS,
     SLOPES,
     SOFT_CAP,
-    TABLE,
-    TABLE_ROW,
 )
 from sink_paged.attention.matmul import (
     multiply,
 )
+from sink_paged.attention.pages import add_value_tile, find_page, prefetch_page
 from sink_paged.attention.simd import (
     LOG2_E,
-    copy_masked,
     jit,
     load_f32,
     load_f64,
-    load_i32,
     load_i64,
-    prefetch,
     scale_row,
     store_f32,
     zero_half_row,
@@ -50,30 +42,10 @@ from sink_paged.attention.softmax import (
     largest_of,
     mask,
 )
-from sink_paged.attention.tiles import (
-    multiply_tiles,
-)
+from sink_paged.attention.tiles import multiply_tiles
 
 CHUNK = 256  # keys that share one softmax update
 WEIGHT_COLUMNS = CHUNK + 32  # a matrix tile may begin in a chunk and end behind it
-
-
-@jit
-def _page(args: int, request: int, kv_head: int, key: int) -> int:
-    """Address of the page that holds text position `key`."""
-    block_size, sinks = load_i64(args + BLOCK_SIZE), load_i64(args + SINKS)
-    num_columns = load_i64(args + COLUMNS)
-    block, pinned = key // block_size, (sinks + block_size - 1) // block_size
-    column = block
-    if block >= pinned:
-        column = pinned + (block - pinned) % (num_columns - pinned)
-    row = load_i64(args + TABLE) + request * load_i64(args + TABLE_ROW)
-    number = types.int64(load_i32(row + 4 * column))
-    return (
-        load_i64(args + CACHE)
-        + number * load_i64(args + CACHE_BLOCK)
-        + kv_head * load_i64(args + CACHE_HEAD)
-    )
 
 
 @jit
@@ -99,7 +71,7 @@ def _multiply_keys(
         offset = key % block_size
         run = min(block_size - offset, end - key)
         vectors = (run + 15) // 16
-        keys = _page(args, request, kv_head, key) + (offset // 16) * key_tile
+        keys = find_page(args, request, kv_head, key) + (offset // 16) * key_tile
         target = logits + 4 * (key - begin)
         if tiles:
             multiply_tiles(
@@ -115,6 +87,8 @@ def _multiply_keys(
                 vectors,
                 head_size // 32,
                 0,
+                keys + vectors * key_tile,
+                key_tile,
             )
         else:
             multiply(
@@ -210,48 +184,6 @@ def _update_softmax(
 
 
 @jit
-def _add_value_tile(
-    weights_half: int,
-    values: int,
-    strip: int,
-    first: int,
-    last: int,
-    tiles: int,
-    head_size: int,
-    spare: int,
-    sums: int,
-) -> None:
-    """Add the tokens `[first, last)` of 32; the others are not read, or ignored."""
-    strips = head_size // 16
-    for line in range(16):
-        bits = 0
-        if first <= 2 * line < last:
-            bits |= 0xFFFF
-        if first <= 2 * line + 1 < last:
-            bits |= -0x10000
-        for n in range(strips):
-            target = spare + 1024 * n + 64 * line
-            if bits == 0:
-                zero_row(target, 0, 16)
-            else:
-                copy_masked(values + n * strip + 64 * line, target, types.int32(bits))
-    multiply_tiles(
-        weights_half,
-        2 * WEIGHT_COLUMNS,
-        spare,
-        64,
-        1024,
-        1024,
-        sums,
-        4 * head_size,
-        tiles,
-        strips,
-        1,
-        1,
-    )
-
-
-@jit
 def _add_values(
     args: int,
     request: int,
@@ -275,7 +207,7 @@ def _add_values(
     while key < end:
         offset = key % block_size
         run = min(block_size - offset, end - key)
-        values = _page(args, request, kv_head, key)
+        values = find_page(args, request, kv_head, key)
         values += (block_size * head_size + 16 * offset) * element
         if tiles:
             row = weights + 2 * (key - begin)
@@ -284,8 +216,17 @@ def _add_values(
             if key < key_begin:
                 last = min(run, 32)
                 first = min(key_begin - key, last)
-                _add_value_tile(
-                    row, values, strip, first, last, tiles, head_size, spare, sums
+                add_value_tile(
+                    row,
+                    2 * WEIGHT_COLUMNS,
+                    values,
+                    strip,
+                    first,
+                    last,
+                    tiles,
+                    head_size,
+                    spare,
+                    sums,
                 )
                 done = last
             whole = (run - done) // 32
@@ -303,11 +244,14 @@ def _add_values(
                     head_size // 16,
                     whole,
                     1,
+                    values + head_size // 16 * strip,
+                    strip,
                 )
                 done += 32 * whole
             if done < run:
-                _add_value_tile(
+                add_value_tile(
                     row + 2 * done,
+                    2 * WEIGHT_COLUMNS,
                     values + 32 * done,
                     strip,
                     types.int64(0),
@@ -333,24 +277,6 @@ def _add_values(
                 1,
             )
         key += run
-
-
-@jit
-def prefetch_page(
-    args: int, request: int, kv_head: int, key: int, run: int, with_keys: bool
-) -> None:
-    """Ask early for the values of `run` tokens from `key`, or for their keys too."""
-    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    element = 4 if load_i64(args + KIND) == 0 else 2
-    page, offset = _page(args, request, kv_head, key), key % block_size
-    if with_keys:
-        keys = page + offset // 16 * 16 * head_size * element
-        for n in range(0, (run + 15) // 16 * 16 * head_size * element, 64):
-            prefetch(keys + n)
-    values = page + (block_size * head_size + 16 * offset) * element
-    for n in range(head_size // 16):
-        for line in range(0, 16 * run * element, 64):
-            prefetch(values + n * 16 * block_size * element + line)
 
 
 @jit

@@ -10,6 +10,9 @@ of the CPU's bfloat16 dot products; `pair` is 1 otherwise::
     values  [head_size / 16, block_size / pair, 16 dims, pair]
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,6 +44,32 @@ def prepare(dtype: torch.dtype) -> None:
         has_matrix_tiles()
 
 
+class _ScratchLayout(NamedTuple):
+    """Shape of a query tile, then sizes and offsets of scratch memory in bytes."""
+
+    tile_tokens: int
+    max_rows: int
+    partial_bytes: int
+    partials: int
+    scratch: int
+    scratch_bytes: int
+
+
+@functools.cache
+def _plan_scratch(
+    group: int, head_size: int, num_threads: int, may_split: bool
+) -> _ScratchLayout:
+    tile_tokens = max(1, TILE_ROWS // group)
+    max_rows = cdiv(tile_tokens * group, 16) * 16
+    partial_bytes = max_rows * (4 * head_size + 8) if may_split else 0
+    arrival_bytes = cdiv(8 * num_threads, 64) * 64
+    scratch = arrival_bytes + 2 * num_threads * partial_bytes
+    scratch_bytes = scratch_size(max_rows, head_size)
+    return _ScratchLayout(
+        tile_tokens, max_rows, partial_bytes, arrival_bytes, scratch, scratch_bytes
+    )
+
+
 def sink_attention(
     query: Tensor,
     kv_cache: Tensor,
@@ -65,8 +94,9 @@ def sink_attention(
             `query_start_loc[-1]` are padding and ignored.
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]` of query's
             dtype, written by `write_kv`; contiguous inside a (block, head).
-            `block_size` and `head_size` are multiples of 16. Slots that no query
-            attends may hold anything, NaN included.
+            `block_size` and `head_size` are multiples of 16. In pages that a query
+            attends, the slots of the text so far have been written; the others may
+            hold anything, NaN included.
         output: `[num_tokens, num_heads, head_size]`, query's dtype; written.
         query_start_loc: int32 `[num_reqs + 1]`, first row of each request.
         seq_lens: int32 `[num_reqs]`, text tokens including this step's: the rows of a
@@ -82,7 +112,7 @@ def sink_attention(
         soft_cap: `cap * tanh(logit / cap)` before the ALiBi bias; 0 for none.
         sink_logits: float32 `[num_heads]`, a learned logit in the denominator only.
     """
-    num_heads, head_size = query.shape[-2:]
+    _, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
     if output.dim() == 2:
         output = output.view(-1, num_heads, head_size)
@@ -91,25 +121,21 @@ def sink_attention(
     output_token, output_head, _ = output.stride()
     cache_block, cache_head, _, _ = kv_cache.stride()
     num_requests, num_columns = block_table.shape
-    group = num_heads // num_kv_heads
-    tile_tokens = max(1, TILE_ROWS // group)
-    max_rows = cdiv(tile_tokens * group, 16) * 16
+    table_row, _ = block_table.stride()
     matrix_tiles = (
         dtype == torch.bfloat16 and head_size % 32 == 0 and has_matrix_tiles()
     )
     rotation, rotation_row, rotary_dim = 0, 0, 0
     if sink_rotation is not None:
-        rotation, rotary_dim = sink_rotation.data_ptr(), sink_rotation.shape[-1]
-        rotation_row = 4 * sink_rotation.stride(0)
+        rotation_row, _ = sink_rotation.stride()
+        rotation, rotary_dim = sink_rotation.data_ptr(), sink_rotation.size(1)
 
     # Scratch memory of the call: arrivals | partial results | one part per thread.
     num_threads = torch.get_num_threads()
-    scratch_bytes = scratch_size(max_rows, head_size)
     may_split = num_requests * num_kv_heads < num_threads
-    partial_bytes = max_rows * (4 * head_size + 8) if may_split else 0
-    arrival_bytes = cdiv(8 * num_threads, 64) * 64
-    partials = 2 * num_threads * partial_bytes
-    arrivals = workspace.reserve(arrival_bytes + partials + num_threads * scratch_bytes)
+    layout = _plan_scratch(num_heads // num_kv_heads, head_size, num_threads, may_split)
+    tile_tokens, max_rows, partial_bytes, partials, scratch, scratch_bytes = layout
+    arrivals = workspace.reserve(scratch + num_threads * scratch_bytes)
     ATTEND.pack_into(
         workspace.arguments,
         0,
@@ -131,13 +157,13 @@ def sink_attention(
         query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
         block_table.data_ptr(),
-        4 * block_table.stride(0),
+        4 * table_row,
         num_columns,
         rotation,
-        rotation_row,
+        4 * rotation_row,
         rotary_dim,
         interleaved,
-        len(seq_lens),
+        num_requests,
         num_heads,
         window.sink_tokens,
         window.window_tokens,
@@ -147,10 +173,10 @@ def sink_attention(
         max_rows,
         matrix_tiles,
         num_threads if may_split else 1,
-        arrivals + arrival_bytes + partials,
+        arrivals + scratch,
         scratch_bytes,
         arrivals,
-        arrivals + arrival_bytes,
+        arrivals + partials,
         partial_bytes,
         scale,
         soft_cap,

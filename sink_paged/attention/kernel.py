@@ -36,11 +36,10 @@ from sink_paged.attention.arguments import (
     THREADS,
     TILE_TOKENS,
 )
-from sink_paged.attention.chunk import (
-    WEIGHT_COLUMNS,
-    attend_keys,
-    prefetch_page,
-)
+from sink_paged.attention.chunk import WEIGHT_COLUMNS, attend_keys
+from sink_paged.attention.few import COLUMNS as FEW_COLUMNS
+from sink_paged.attention.few import attend_few
+from sink_paged.attention.pages import prefetch_page
 from sink_paged.attention.rows import (
     merge_parts,
     read_query,
@@ -67,6 +66,8 @@ MIN_PART = 128  # keys below which a part is not worth merging
 
 def scratch_size(max_rows: int, head_size: int) -> int:
     """Bytes of scratch memory that a thread needs, see `_attend_tile`."""
+    # Many rows of a chunk hold few rows of a longer one.
+    assert max_rows * WEIGHT_COLUMNS >= 16 * FEW_COLUMNS
     per_row = 16 * head_size + 6 * WEIGHT_COLUMNS + 8
     return (max_rows * per_row + 64 * head_size + 64 + 63) // 64 * 64
 
@@ -112,6 +113,7 @@ def _attend_tile(
         begin_tiles(tile_config, min(rows, 16))
     else:
         weights_half = types.int64(0)
+    few = tiles == 1 and load_i64(args + BLOCK_SIZE) % 32 == 0 and sinks <= 32
     sink_end = min(sinks, last - recent) if part == 0 else types.int64(0)
     rotate = load_i64(args + ROTATION) != 0 and sink_end > 0
     if sink_end > 0 and rows <= 16:
@@ -136,6 +138,26 @@ def _attend_tile(
             key_begin = min(first - first % 32, key_end)
         if part + 1 < parts:
             key_end = min(first + share - (first + share) % 32, key_end)
+    if few:
+        attend_few(
+            args,
+            request,
+            kv_head,
+            position,
+            rows,
+            sink_end,
+            key_begin,
+            key_end,
+            seq_len,
+            sink_query if rotate else query,
+            query,
+            weights,
+            weights_half,
+            spare,
+            sums,
+            state,
+        )
+        sink_end = key_end = types.int64(0)
     if sink_end > 0:
         attend_keys(
             args,

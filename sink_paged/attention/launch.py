@@ -25,9 +25,11 @@ from sink_paged.attention.tiles import HAS_AMX
 SOURCES = (
     "arguments.py",
     "chunk.py",
+    "few.py",
     "kernel.py",
     "launch.py",
     "matmul.py",
+    "pages.py",
     "rows.py",
     "simd.py",
     "softmax.py",
@@ -140,12 +142,13 @@ class Workspace(threading.local):
         self.arguments = ctypes.create_string_buffer(1024)
         self.address = ctypes.addressof(self.arguments)
         self._scratch: Tensor | None = None
-        self._start = 0
+        self._start = self._size = 0
 
     def reserve(self, nbytes: int) -> int:
         """Aligned address of at least `nbytes` of scratch memory, zero when new."""
-        if self._scratch is None or self._scratch.numel() < nbytes + ALIGNMENT:
+        if self._size < nbytes:
             self._scratch = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+            self._size = nbytes
             self._start = -(-self._scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
         return self._start
 

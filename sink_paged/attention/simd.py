@@ -188,11 +188,11 @@ fetch_add = primitive(types.int64, (ADDRESS, types.int64), _emit_fetch_add)
 
 @contextmanager
 def columns(
-    builder: Any, row: Any, begin: Any, end: Any, shift: int = 2
+    builder: Any, row: Any, begin: Any, end: Any, shift: int = 2, step: int = LANES
 ) -> Iterator[tuple[Any, Any]]:
     """Loop over `[begin, end)` in steps of 16, giving column and its address."""
-    step = ir.Constant(I64, LANES)
-    with cgutils.for_range_slice(builder, begin, end, step) as (column, _):
+    stride = ir.Constant(I64, step)
+    with cgutils.for_range_slice(builder, begin, end, stride) as (column, _):
         yield column, builder.add(row, builder.shl(column, ir.Constant(I64, shift)))
 
 

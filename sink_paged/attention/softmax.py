@@ -27,33 +27,39 @@ from sink_paged.attention.simd import (
     int_constant,
     lane_numbers,
     load,
+    offset_by,
     primitive,
     splat,
     store,
 )
 
+# Coefficients of 2**r, |r| <= 1/2, highest first: to 2e-7, and to 1e-4, which is a
+# twentieth of the rounding to bfloat16.
+_EXACT = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
+)
+_COARSE = (5.500869e-02, 2.422106e-01, 6.932829e-01, 1.0)
 
-def _exp2(builder: Any, x: Any) -> Any:
-    """2**x of x <= 0 to 2e-7 relative; 0 below -126 (also of -inf)."""
-    normal = builder.fcmp_ordered(">", x, constant(-126.0))
-    x = builder.select(normal, x, constant(-126.0))
+
+def _exp2(builder: Any, x: Any, coefficients: tuple[float, ...] = _EXACT) -> Any:
+    """2**x of x <= 0, relatively to the precision of the coefficients; 0 below -127."""
+    # At -127 the exponent cancels that of 1.0, which leaves the bits of 0.
+    x = _greater(builder, x, constant(-127.0))
     # Adding 1.5 * 2**23 leaves the nearest integer in the low bits of the mantissa.
     magic = constant(12582912.0)
     shifted = builder.fadd(x, magic)
     r = builder.fsub(x, builder.fsub(shifted, magic))
-    y = constant(1.535336188319500e-4)
-    for coefficient in (
-        1.339887440266574e-3,
-        9.618437357674640e-3,
-        5.550332471162809e-2,
-        2.402264791363012e-1,
-        6.931472028550421e-1,
-        1.0,
-    ):
+    y = constant(coefficients[0])
+    for coefficient in coefficients[1:]:
         y = fma(builder, y, r, constant(coefficient))
     exponent = builder.shl(builder.bitcast(shifted, VEC_I32), int_constant(23))
-    y = builder.bitcast(builder.add(builder.bitcast(y, VEC_I32), exponent), VEC)
-    return builder.select(normal, y, constant(0.0))
+    return builder.bitcast(builder.add(builder.bitcast(y, VEC_I32), exponent), VEC)
 
 
 def _greater(builder: Any, x: Any, y: Any) -> Any:
@@ -89,11 +95,25 @@ mask = primitive(types.void, (ADDRESS,) + (types.int64,) * 3, _emit_mask)
 
 
 def _emit_largest(builder: Any, row: Any, begin: Any, end: Any) -> Any:
-    largest = cgutils.alloca_once_value(builder, constant(-np.inf))
-    with columns(builder, row, begin, end) as (_, address):
-        x = load(builder, address, VEC)
-        builder.store(_greater(builder, x, builder.load(largest)), largest)
-    return _reduce(builder, builder.load(largest), _greater)
+    # Four maxima, each of which would wait for its last.
+    largest = [cgutils.alloca_once_value(builder, constant(-np.inf)) for _ in range(4)]
+
+    def update(address: Any, count: int) -> None:
+        for n in range(count):
+            x = load(builder, offset_by(builder, address, 64 * n), VEC)
+            known = builder.load(largest[n])
+            builder.store(_greater(builder, x, known), largest[n])
+
+    size = builder.and_(builder.sub(end, begin), ir.Constant(I64, -4 * LANES))
+    middle = builder.add(begin, size)
+    with columns(builder, row, begin, middle, step=4 * LANES) as (_, address):
+        update(address, 4)
+    with columns(builder, row, middle, end) as (_, address):
+        update(address, 1)
+    first, *others = (builder.load(pointer) for pointer in largest)
+    for other in others:
+        first = _greater(builder, first, other)
+    return _reduce(builder, first, _greater)
 
 
 largest_of = primitive(types.float32, ROW, _emit_largest)
@@ -156,7 +176,7 @@ def _emit_exponentials(
     total = cgutils.alloca_once_value(builder, constant(0.0))
     with columns(builder, row, begin, end) as (column, address):
         x = fma(builder, load(builder, address, VEC), factor, largest)
-        y = _exp2(builder, x)
+        y = _exp2(builder, x, _EXACT if copy is None else _COARSE)
         if copy is None:
             store(builder, y, address)
         else:

@@ -83,15 +83,11 @@ def _number(number: int) -> Any:
     return ir.Constant(ir.IntType(8), number)
 
 
-def _prefetch_tiles(
-    builder: Any, address: Any, vectors: int, vector_stride: Any
-) -> None:
+def _prefetch_tiles(builder: Any, address: Any, vectors: int, stride: Any) -> None:
     """Few query rows read the cache once: memory is the limit, and is asked early."""
     flags = [ir.Constant(I32, n) for n in (0, 3, 1)]
-    ahead = builder.mul(vector_stride, ir.Constant(I64, vectors))
     for v in range(vectors):
-        strip = builder.mul(vector_stride, ir.Constant(I64, v))
-        base = builder.add(builder.add(address, strip), ahead)
+        base = builder.add(address, builder.mul(stride, ir.Constant(I64, v)))
         for line in range(16):
             pointer = _bytes_pointer(builder, offset_by(builder, base, 64 * line))
             call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
@@ -99,7 +95,8 @@ def _prefetch_tiles(
 
 def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
     """Emit `C[16 * rows, 16 * vectors] (+)= A[., 32 * depth] @ B`; tiles 0-3 are C."""
-    a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, depth, accumulate = args
+    a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, *rest = args
+    depth, accumulate, ahead, ahead_stride = rest
     tiles = [(r, v, rows * v + r) for r in range(rows) for v in range(vectors)]
     read_once = "tileloaddt164" if rows == 1 else "tileloadd64"
 
@@ -122,7 +119,7 @@ def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
         step_a = builder.add(a, builder.mul(loop.index, ir.Constant(I64, 64)))
         step_b = builder.add(b, builder.mul(loop.index, depth_stride))
         if rows == 1:
-            _prefetch_tiles(builder, step_b, vectors, vector_stride)
+            _prefetch_tiles(builder, builder.add(step_b, ahead), vectors, ahead_stride)
         for r in range(rows):
             tile_a = _number(4 + r)
             _tile_call(builder, "tileloadd64", tile_a, at(step_a, 16 * r, lda), lda)
@@ -154,7 +151,7 @@ def _emit_tile_product(builder: Any, rows: Any, vectors: Any, *args: Any) -> Non
     )
 
 
-_tile_block = primitive(types.void, (types.int64,) * 12, _emit_tile_product)
+_tile_block = primitive(types.void, (types.int64,) * 14, _emit_tile_product)
 
 
 @jit
@@ -171,16 +168,24 @@ def multiply_tiles(
     vectors: int,
     depth: int,
     keep: int,
+    next_b: int,
+    next_stride: int,
 ) -> None:
     """Product `C[16 * rows, 16 * vectors] (+)= A[16 * rows, 32 * depth] @ B` on tiles.
 
     A and B are bfloat16, C float32. Tile (k, n) of B has its 16 rows of 16 pairs at
     `b + k * depth_stride + n * vector_stride`, `row_stride` apart. Strides are bytes.
     `keep = 0` overwrites C. Only between `begin_tiles` and `end_tiles`.
+
+    Few rows ask early for the tiles that they read next: behind the last vectors of
+    this product, those at `next_b`, `next_stride` apart.
     """
     v = 0
     while v < vectors:
         width = 2 if v + 2 <= vectors else 1
+        ahead, ahead_stride = width * vector_stride, vector_stride
+        if v + width >= vectors:
+            ahead, ahead_stride = next_b - b - v * vector_stride, next_stride
         r = 0
         while r < rows:
             height = 2 if r + 2 <= rows else 1
@@ -197,6 +202,8 @@ def multiply_tiles(
                 ldc,
                 depth,
                 keep,
+                ahead,
+                ahead_stride,
             )
             r += height
         v += width

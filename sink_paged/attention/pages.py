@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a key lies in the cache, and the parts of a page that need care."""
+
+from numba import types
+
+from sink_paged.attention.arguments import (
+    BLOCK_SIZE,
+    CACHE,
+    CACHE_BLOCK,
+    CACHE_HEAD,
+    COLUMNS,
+    HEAD_SIZE,
+    KIND,
+    SINKS,
+    TABLE,
+    TABLE_ROW,
+)
+from sink_paged.attention.simd import (
+    copy_masked,
+    jit,
+    load_i32,
+    load_i64,
+    prefetch,
+    zero_row,
+)
+from sink_paged.attention.tiles import multiply_tiles
+
+
+@jit
+def find_page(args: int, request: int, kv_head: int, key: int) -> int:
+    """Address of the page that holds text position `key`."""
+    block_size, sinks = load_i64(args + BLOCK_SIZE), load_i64(args + SINKS)
+    num_columns = load_i64(args + COLUMNS)
+    block, pinned = key // block_size, (sinks + block_size - 1) // block_size
+    column = block
+    if block >= pinned:
+        column = pinned + (block - pinned) % (num_columns - pinned)
+    row = load_i64(args + TABLE) + request * load_i64(args + TABLE_ROW)
+    number = types.int64(load_i32(row + 4 * column))
+    return (
+        load_i64(args + CACHE)
+        + number * load_i64(args + CACHE_BLOCK)
+        + kv_head * load_i64(args + CACHE_HEAD)
+    )
+
+
+@jit
+def add_value_tile(
+    weights_half: int,
+    weights_row: int,
+    values: int,
+    strip: int,
+    first: int,
+    last: int,
+    tiles: int,
+    head_size: int,
+    spare: int,
+    sums: int,
+) -> None:
+    """Add the tokens `[first, last)` of 32; the others are not read, or ignored."""
+    strips = head_size // 16
+    for line in range(16):
+        bits = 0
+        if first <= 2 * line < last:
+            bits |= 0xFFFF
+        if first <= 2 * line + 1 < last:
+            bits |= -0x10000
+        for n in range(strips):
+            target = spare + 1024 * n + 64 * line
+            if bits == 0:
+                zero_row(target, 0, 16)
+            else:
+                copy_masked(values + n * strip + 64 * line, target, types.int32(bits))
+    multiply_tiles(
+        weights_half,
+        weights_row,
+        spare,
+        64,
+        1024,
+        1024,
+        sums,
+        4 * head_size,
+        tiles,
+        strips,
+        1,
+        1,
+        spare,
+        1024,
+    )
+
+
+@jit
+def prefetch_page(
+    args: int, request: int, kv_head: int, key: int, run: int, with_keys: bool
+) -> None:
+    """Ask early for the values of `run` tokens from `key`, or for their keys too."""
+    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
+    element = 4 if load_i64(args + KIND) == 0 else 2
+    page, offset = find_page(args, request, kv_head, key), key % block_size
+    if with_keys:
+        keys = page + offset // 16 * 16 * head_size * element
+        for n in range(0, (run + 15) // 16 * 16 * head_size * element, 64):
+            prefetch(keys + n)
+    values = page + (block_size * head_size + 16 * offset) * element
+    for n in range(head_size // 16):
+        for line in range(0, 16 * run * element, 64):
+            prefetch(values + n * 16 * block_size * element + line)
