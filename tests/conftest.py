@@ -9,3 +9,5 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
 )
+# It would override what the tests give their KV caches.
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
