@@ -132,10 +132,23 @@ class StreamConfig:
 
 
 def sink_settings(additional_config: Any) -> Any | None:
-    """The user's ``sink_paged`` settings, or ``None`` when the extension is off."""
-    if isinstance(additional_config, Mapping):
-        return additional_config.get(CONFIG_KEY)
-    return None
+    """The user's ``sink_paged`` settings, or ``None`` when the extension is off.
+
+    Raises:
+        ValueError: for a key without a value, which would else pass for off.
+    """
+    if (
+        not isinstance(additional_config, Mapping)
+        or CONFIG_KEY not in additional_config
+    ):
+        return None
+    settings = additional_config[CONFIG_KEY]
+    if settings is None:
+        raise ValueError(
+            f'additional_config["{CONFIG_KEY}"] has no value: write {{}} for the '
+            "defaults, or leave the key out to turn sink eviction off"
+        )
+    return settings
 
 
 def _known_settings() -> str:

@@ -79,16 +79,14 @@ def llvmlite_modules() -> list[str]:
     return [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
 
 
-CREATE_ENGINE_CONFIG = Patch(
-    target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
-    parameters=("self", "usage_context"),
-    wrapper=_create_engine_config,
-    why="a plugin cannot see or change the engine config",
-    upstream=ENGINE_HOOKS,
-)
-
-ALL = (
-    CREATE_ENGINE_CONFIG,
+ARGUMENTS = (
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        parameters=("self", "usage_context"),
+        wrapper=_create_engine_config,
+        why="a plugin cannot see or change the engine config",
+        upstream=ENGINE_HOOKS,
+    ),
     Patch(
         target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         parameters=("parser",),
@@ -103,6 +101,11 @@ ALL = (
         why="a plugin cannot read its command-line flags",
         upstream=ENGINE_HOOKS,
     ),
+)
+"""What it takes to see that sink eviction is asked for."""
+
+ALL = (
+    *ARGUMENTS,
     Patch(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         parameters=("self", "request_id", "prompt", "params"),

@@ -21,8 +21,10 @@ def register() -> None:
     try:
         engine.check_vllm_version()
     except engine.UnsupportedSettingError:
-        # An engine without sink eviction must not notice that the package is there.
-        patches.CREATE_ENGINE_CONFIG.install()
+        # Asked for sink eviction, an engine says that this vLLM is not supported; an
+        # engine without it must not notice that the package is there.
+        for patch in patches.ARGUMENTS:
+            patch.install()
         return
 
     from vllm.v1.attention.backends.registry import (

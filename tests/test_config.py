@@ -64,6 +64,16 @@ def test_bad_settings_are_refused_by_name(settings: Any, message: str) -> None:
         make_config(settings)
 
 
+def test_a_key_without_a_value_is_not_taken_for_off() -> None:
+    arguments = AsyncEngineArgs(
+        model=str(GOLDEN),
+        skip_tokenizer_init=True,
+        additional_config={"sink_paged": None},
+    )
+    with pytest.raises(ValueError, match="has no value"):
+        arguments.create_engine_config()
+
+
 def test_defaults_and_largest_window() -> None:
     for settings, expected in (
         ({}, (4, 251)),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from sink_paged import patches, plugin
 from sink_paged.patching import Patch, PatchError, find
@@ -63,6 +65,26 @@ def test_a_changed_vllm_is_refused(change: dict[str, object], problem: str) -> N
         make_patch(**change).install()
     assert vllm.__version__ in str(error.value)
     patches.ALL[2].install()
+
+
+def test_an_unsupported_vllm_says_so_to_the_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And gets no other patch."""
+    for patch in patches.ALL:
+        patch.revert()
+    with monkeypatch.context() as version:
+        version.setattr(vllm, "__version__", "0.33.0")
+        plugin.register()
+        installed = [patch for patch in patches.ALL if patch.installed()]
+        assert installed == list(patches.ARGUMENTS)
+        model = Path(__file__).parent / "data" / "llama_mha"
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        flags = ["--model", str(model), "--skip-tokenizer-init", "--sink-eviction"]
+        engine_args = EngineArgs.from_cli_args(parser.parse_args(flags))
+        with pytest.raises(ValueError, match="does not support vLLM 0.33.0"):
+            engine_args.create_engine_config()
+    plugin.register()
 
 
 def test_steps_aside_where_vllm_has_the_hook() -> None:

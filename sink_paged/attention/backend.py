@@ -53,7 +53,7 @@ class SinkAttentionMetadataBuilder(AttentionMetadataBuilder[SinkAttentionMetadat
     """Passes the batch on; nothing here depends on the length of a text."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See ``AttentionMetadataBuilder``."""
+        """Abstract in ``AttentionMetadataBuilder``, whose own body is all it takes."""
         super().__init__(*args, **kwargs)
 
     def build(
