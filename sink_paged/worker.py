@@ -13,8 +13,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec
-from sink_paged.model_runner import bind_rotations, enable_streams
+from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
+from sink_paged.streams import enable_streams
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 

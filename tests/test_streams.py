@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.worker.block_table import BlockTable
 
-from sink_paged.model_runner import RingBlockTable, TokenRows
+from sink_paged.streams import RingBlockTable, TokenRows
 from sink_paged.window import BlockWindow, SinkWindow
 
 
