@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model runner's state of a stream, which does not grow with its text.
 
-``enable_streams`` replaces the two buffers of vLLM's runner that are sized by the
-longest text: the block table becomes a ring of columns, the token rows are memory that
-is only committed where a stream has written.
+``enable_streams`` replaces the persistent batch of vLLM's runner: its block tables
+become rings of columns, its token rows hold what has still to be read, and what it
+remembers of a request is bounded.
 """
 
 from __future__ import annotations
 
-import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.v1.worker.block_table import BlockTable
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from sink_paged.config import MAX_STREAM_TOKENS
 from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.penalties import apply_penalties
+from sink_paged.stream_state import (
+    BlockIds,
+    OutputTokens,
+    TokenCounts,
+    has_penalties,
+    needed_tail,
+)
+from sink_paged.token_rows import TokenRows
 from sink_paged.window import BlockWindow
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-# Python names this flag from 3.13 on; the number is Linux's on x86 and Arm.
-MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 class RingBlockTable(BlockTable):
@@ -53,14 +58,14 @@ class RingBlockTable(BlockTable):
     def append_row(self, block_ids: list[int], row_idx: int) -> None:
         """Add the text's next blocks; only the last ring of them can still be read."""
         start = int(self.num_blocks_per_row[row_idx])
-        end = start + len(block_ids)
+        added = getattr(block_ids, "num_blocks", len(block_ids))  # BlockIds leave out
+        end = start + added
         row = self.block_table.np[row_idx]
         pinned = block_ids[: max(0, self.pinned - start)]
         row[start : start + len(pinned)] = pinned
-        first = max(start + len(pinned), end - self.ring)
-        blocks = np.arange(first, end)
-        columns = self.pinned + (blocks - self.pinned) % self.ring
-        row[columns] = block_ids[first - start :]
+        last = block_ids[len(pinned) :][-self.ring :]
+        blocks = np.arange(end - len(last), end)
+        row[self.pinned + (blocks - self.pinned) % self.ring] = last
         self.num_blocks_per_row[row_idx] = end
 
     def compute_slot_mapping(
@@ -75,69 +80,114 @@ class RingBlockTable(BlockTable):
         super().compute_slot_mapping(num_reqs, query_start_loc, ring_positions)
 
 
-class TokenRows:
-    """Token ids of the running streams, in rows that cost what is written to them.
-
-    Address space is reserved for the longest text; the system commits a page when it
-    is first written and takes it back when its row is released.
+class StreamInputBatch(InputBatch):
+    """vLLM's persistent batch, with what it keeps of a request bounded.
 
     Attributes:
-        ids: int32 ``[num_rows, ROW_TOKENS]``, zero where nothing was written.
+        token_ids_cpu: in vLLM an array ``[max_num_reqs, max_model_len]``.
     """
 
-    ROW_TOKENS = MAX_STREAM_TOKENS + 1  # a power of two: rows start on a page
+    token_ids_cpu: TokenRows
 
-    def __init__(self, num_rows: int) -> None:
-        """Reserve ``num_rows`` rows.
+    @classmethod
+    def adopt(cls, batch: InputBatch) -> StreamInputBatch:
+        """Take over the state of an empty ``batch``."""
+        streams = cls.__new__(cls)
+        streams.__dict__.update(batch.__dict__)
+        rows = TokenRows(batch.max_num_reqs)
+        streams.token_ids_cpu = rows
+        streams.token_ids_cpu_tensor = rows.tensor
+        # Prompt embeddings are refused: one byte, True, stands for all.
+        streams.is_token_ids = np.lib.stride_tricks.as_strided(
+            np.ones(1, dtype=np.bool_), rows.shape, (0, 0)
+        )
+        streams.max_model_len = MAX_STREAM_TOKENS
+        # These may look back at any token of a text.
+        streams._keeps_texts = (
+            batch.logitsprocs_need_output_token_ids
+            or getattr(batch, "thinking_budget_state_holder", None) is not None
+        )
+        streams._scored = []
+        return streams
 
-        Raises:
-            MemoryError: when the system does not let address space be reserved.
+    def add_request(self, request: CachedRequestState) -> int:
+        """Write what has still to be read into a row, and keep no more than that."""
+        request.block_ids = tuple(
+            ids
+            if isinstance(ids, BlockIds)
+            else BlockIds(ids, pinned=table.pinned, ring=table.ring)
+            for ids, table in zip(
+                request.block_ids, self.block_table.block_tables, strict=True
+            )
+        )
+        params = request.sampling_params
+        if not isinstance(request.prompt_token_ids, list):
+            raise RuntimeError(f"stream {request.req_id} came back without its text")
+        prompt = torch.tensor(request.prompt_token_ids, dtype=torch.int64)
+        counts = TokenCounts(prompt, self.vocab_size) if has_penalties(params) else None
+        kept = MAX_STREAM_TOKENS if self._keeps_texts else needed_tail(params)
+        request.output_token_ids = OutputTokens(request.output_token_ids, kept, counts)
+        if self._keeps_texts:
+            return int(super().add_request(request))
+        request.prompt_token_ids = prompt
+        row: int = super().add_request(request)
+        request.output_token_ids.forget()
+        if params.prompt_logprobs is None:
+            forget_prompt(request)
+        else:
+            self._scored.append(request)
+        return row
+
+    def forget_read(self, rows_before: int) -> None:
+        """Give back the memory of what a step has read.
+
+        Args:
+            rows_before: requests of the batch before the step.
         """
-        self._row_bytes = self.ROW_TOKENS * np.dtype(np.int32).itemsize
-        size = num_rows * self._row_bytes
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        try:
-            self._buffer = mmap.mmap(-1, size, flags=flags)
-        except OSError as error:
-            raise MemoryError(
-                f"sink eviction reserves {size >> 30} GiB of address space (not "
-                f"memory) for the token ids of {num_rows} streams, and was refused: "
-                f"{error}. Allow it (ulimit -v unlimited, vm.overcommit_memory 0 or 1) "
-                "or lower --max-num-seqs"
-            ) from error
-        # Huge pages would commit 2 MiB at the first token of every row.
-        self._buffer.madvise(mmap.MADV_NOHUGEPAGE)
-        self.ids: npt.NDArray[np.int32] = np.frombuffer(
-            self._buffer, dtype=np.int32
-        ).reshape(num_rows, self.ROW_TOKENS)
+        rows, num_reqs = self.token_ids_cpu, self.num_reqs
+        rows.release(num_reqs, rows_before)
+        rows.trim(self.num_computed_tokens_cpu[:num_reqs])
+        for request in self._scored[:]:
+            if (
+                request.num_computed_tokens >= request.num_prompt_tokens
+                or request.req_id not in self.req_id_to_index
+            ):
+                forget_prompt(request)
+                self._scored.remove(request)
 
-    def release(self, first: int, end: int) -> None:
-        """Give the memory of rows ``[first, end)`` back; they read as zero."""
-        if first < end:
-            start, length = first * self._row_bytes, (end - first) * self._row_bytes
-            self._buffer.madvise(mmap.MADV_DONTNEED, start, length)
+    def _register_add_request(self, request: CachedRequestState) -> int:
+        row: int = super()._register_add_request(request)
+        self.token_ids_cpu.begin(row, request.num_computed_tokens)
+        return row
+
+    def _make_prompt_token_ids_cpu_tensor(self) -> Tensor:
+        """Nothing: penalties are computed from counts."""
+        return torch.empty((self.num_reqs, 0), dtype=torch.int64)
 
 
-def enable_streams(runner: GPUModelRunner) -> TokenRows:
+def forget_prompt(request: CachedRequestState) -> None:
+    """Leave of the prompt's tokens their number."""
+    request.prompt_token_ids = torch.zeros(1, dtype=torch.int64).expand(
+        request.num_prompt_tokens
+    )
+
+
+def restore_text(request: CachedRequestState, token_ids: list[int]) -> None:
+    """Give a request back its text, which the scheduler sends before it is added."""
+    request.prompt_token_ids = token_ids[: request.num_prompt_tokens]
+    request.output_token_ids = token_ids[request.num_prompt_tokens :]
+
+
+def enable_streams(runner: GPUModelRunner) -> None:
     """Let the requests of ``runner`` grow past ``max_model_len``.
 
     Called once its KV cache is initialised.
-
-    Returns:
-        The rows of its input batch, to be released as requests leave it.
     """
-    batch = runner.input_batch
-    rows = TokenRows(batch.max_num_reqs)
-    batch.token_ids_cpu = rows.ids
-    batch.token_ids_cpu_tensor = torch.from_numpy(batch.token_ids_cpu)
-    # Prompt embeddings are refused, so every entry is True: one byte stands for all.
-    batch.is_token_ids = np.lib.stride_tricks.as_strided(
-        np.ones(1, dtype=np.bool_), batch.token_ids_cpu.shape, (0, 0)
-    )
-    batch.max_model_len = runner.max_model_len = MAX_STREAM_TOKENS
-    tables = batch.block_table.block_tables
+    runner.input_batch = StreamInputBatch.adopt(runner.input_batch)
+    runner.max_model_len = MAX_STREAM_TOKENS
+    runner.sampler.apply_penalties = apply_penalties
+    tables = runner.input_batch.block_table.block_tables
     for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
         assert isinstance(spec, SinkWindowSpec)
         tables[index] = RingBlockTable.adopt(tables[index], spec.blocks)
-    return rows

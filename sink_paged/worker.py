@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -15,7 +16,7 @@ from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
-from sink_paged.streams import enable_streams
+from sink_paged.streams import enable_streams, restore_text
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
@@ -64,12 +65,18 @@ class SinkCPUWorker(CPUWorker):
             specs[name] = SinkWindowSpec.from_full_attention(spec, window)
         return specs
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step and give back the memory of the rows that it left empty."""
-        batch = self.model_runner.input_batch
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run a step, then forget what it has read of its texts."""
+        runner = self.model_runner
+        batch, requests = runner.input_batch, runner.requests
         rows_before = batch.num_reqs
-        output = super().execute_model(*args, **kwargs)
-        self.token_rows.release(batch.num_reqs, rows_before)
+        returning = scheduler_output.scheduled_cached_reqs.all_token_ids
+        for request_id, token_ids in returning.items():
+            restore_text(requests[request_id], token_ids)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        batch.forget_read(rows_before)
         return output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +113,7 @@ class SinkCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
-        self.token_rows = enable_streams(self.model_runner)
+        enable_streams(self.model_runner)
         window = stream_config(self.vllm_config).window
         for group in kv_cache_config.kv_cache_groups:
             blocks = group.kv_cache_spec.blocks
