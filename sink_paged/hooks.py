@@ -48,10 +48,10 @@ class EngineHooks:
             engine.enable_sink_eviction(vllm_config, config)
 
     def update_request(self, vllm_config: Any, request: Any) -> None:
-        """Cap a request that names no ``max_tokens`` as a stock server would.
+        """Refuse a prompt that memory cannot hold; cap a request as stock would.
 
-        vLLM gives such a request what is left of ``max_model_len``, which for a stream
-        is no bound at all.
+        vLLM gives a request that names no ``max_tokens`` what is left of
+        ``max_model_len``, which for a stream is no bound at all.
         """
         stream = StreamConfig.load(vllm_config.additional_config)
         sampling = request.sampling_params
@@ -59,7 +59,11 @@ class EngineHooks:
             return
         from vllm.exceptions import VLLMValidationError
 
+        from sink_paged.host_memory import check_prompt_fits
+
         prompt_tokens = len(request.prompt_token_ids)
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        check_prompt_fits(prompt_tokens, sampling, vocab_size)
         if sampling.max_tokens < vllm_config.model_config.max_model_len - prompt_tokens:
             return
         sampling.max_tokens = stream.default_max_tokens(prompt_tokens)
@@ -70,6 +74,13 @@ class EngineHooks:
                 parameter="min_tokens",
                 value=sampling.min_tokens,
             )
+
+    def update_output_processor(self, vllm_config: Any, output_processor: Any) -> None:
+        """Let a streaming engine's front end detokenize at a constant cost."""
+        if StreamConfig.load(vllm_config.additional_config) is not None:
+            from sink_paged.detokenizer import StreamOutputProcessor
+
+            output_processor.__class__ = StreamOutputProcessor
 
 
 HOOKS = EngineHooks()

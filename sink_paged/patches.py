@@ -47,6 +47,13 @@ def _process_inputs(
     return request
 
 
+def _engine_init(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> None:
+    original(self, *args, **kwargs)
+    HOOKS.update_output_processor(self.vllm_config, self.output_processor)
+
+
 def _get_attn_backend_cls(
     original: Callable[..., Any],
     cls: type,
@@ -111,6 +118,20 @@ ALL = (
         parameters=("self", "request_id", "prompt", "params"),
         wrapper=_process_inputs,
         why="the default of max_tokens is the longest text, here without an end",
+        upstream=ENGINE_HOOKS,
+    ),
+    Patch(
+        target="vllm.v1.engine.llm_engine:LLMEngine.__init__",
+        parameters=("self", "vllm_config"),
+        wrapper=_engine_init,
+        why="the front end's work for a token grows with the output",
+        upstream=ENGINE_HOOKS,
+    ),
+    Patch(
+        target="vllm.v1.engine.async_llm:AsyncLLM.__init__",
+        parameters=("self", "vllm_config"),
+        wrapper=_engine_init,
+        why="the front end's work for a token grows with the output",
         upstream=ENGINE_HOOKS,
     ),
     Patch(

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a prompt fits into the host's memory, asked before vLLM takes it in."""
+
+from __future__ import annotations
+
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.model_loader.weight_utils import _get_available_ram_bytes
+from vllm.sampling_params import SamplingParams
+
+TOKEN_BYTES = 128
+"""A prompt token's share in vLLM's processes: Python integers and lists of them in
+front end, engine core and worker, the message between them, block hashes."""
+LOGPROB_BYTES = 320
+"""A prompt log-probability as vLLM reports it: a Python object in a dictionary."""
+FREE_BYTES_ASKED_ABOVE = 1 << 26
+"""Smaller prompts are not worth asking the system how much memory is free."""
+
+
+def check_prompt_fits(num_tokens: int, params: SamplingParams, vocab_size: int) -> None:
+    """Refuse a prompt whose bookkeeping would not fit into free memory.
+
+    Args:
+        num_tokens: the prompt's length.
+        params: its ``prompt_logprobs`` are asked for; -1 asks for the vocabulary.
+        vocab_size: of the model.
+
+    Raises:
+        VLLMValidationError: with what is needed and what is free.
+    """
+    per_token = TOKEN_BYTES
+    scored = params.prompt_logprobs
+    if scored is not None:
+        per_token += LOGPROB_BYTES * (vocab_size if scored == -1 else scored + 1)
+    needed = num_tokens * per_token
+    if needed < FREE_BYTES_ASKED_ABOVE:
+        return
+    free = _get_available_ram_bytes()
+    if needed > free:
+        raise VLLMValidationError(
+            f"the prompt of {num_tokens} tokens needs about {needed >> 20} MiB of host "
+            f"memory ({per_token} bytes a token), and {free >> 20} MiB are free: "
+            "shorten it"
+            + (", or leave out prompt_logprobs" if per_token > TOKEN_BYTES else ""),
+            parameter="prompt",
+            value=num_tokens,
+        )
