@@ -59,6 +59,10 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     stream = StreamConfig(window, resident)
     vllm_config.additional_config = stream.store(vllm_config.additional_config)
     model_config.max_model_len = MAX_STREAM_TOKENS
+    scheduler = vllm_config.scheduler_config
+    if not scheduler.long_prefill_token_threshold:
+        # Prompts have no end here: one must not take all steps from the others.
+        scheduler.long_prefill_token_threshold = scheduler.max_num_batched_tokens // 4
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
     vllm_config.parallel_config.worker_cls = CPU_WORKER
 

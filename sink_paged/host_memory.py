@@ -10,8 +10,10 @@ from vllm.sampling_params import SamplingParams
 TOKEN_BYTES = 128
 """A prompt token's share in vLLM's processes: Python integers and lists of them in
 front end, engine core and worker, the message between them, block hashes."""
-LOGPROB_BYTES = 320
+LOGPROB_BYTES = 400
 """A prompt log-probability as vLLM reports it: a Python object in a dictionary."""
+FLAT_LOGPROB_BYTES = 160
+"""The same with ``flat_logprobs``: entries of lists."""
 FREE_BYTES_ASKED_ABOVE = 1 << 26
 """Smaller prompts are not worth asking the system how much memory is free."""
 
@@ -30,7 +32,8 @@ def check_prompt_fits(num_tokens: int, params: SamplingParams, vocab_size: int) 
     per_token = TOKEN_BYTES
     scored = params.prompt_logprobs
     if scored is not None:
-        per_token += LOGPROB_BYTES * (vocab_size if scored == -1 else scored + 1)
+        entry_bytes = FLAT_LOGPROB_BYTES if params.flat_logprobs else LOGPROB_BYTES
+        per_token += entry_bytes * (vocab_size if scored == -1 else scored + 1)
     needed = num_tokens * per_token
     if needed < FREE_BYTES_ASKED_ABOVE:
         return

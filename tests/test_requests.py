@@ -80,6 +80,23 @@ def test_a_wrong_request_is_refused_and_the_others_go_on(llm: LLM) -> None:
     assert pool_is_empty(llm)
 
 
+def test_a_prompt_that_memory_cannot_hold_is_refused(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, with what it needs; also for the log-probabilities it asks for."""
+    monkeypatch.setattr(
+        "sink_paged.host_memory._get_available_ram_bytes", lambda: 70 << 20
+    )
+    for length, scored in ((600_000, None), (100_000, 1)):
+        params = greedy(1, prompt_logprobs=scored)
+        with pytest.raises(VLLMValidationError, match=r"host memory.* 70 MiB are free"):
+            generate(llm, [prompt(length)], params)
+    fits = generate(llm, [prompt(2_000)], greedy(1, prompt_logprobs=1))[0]
+    assert fits.prompt_logprobs is not None
+    assert len(fits.prompt_logprobs) == 2_000
+    assert not core(llm).scheduler.requests
+
+
 def test_abort_frees_a_long_stream(llm: LLM) -> None:
     llm_engine = llm.llm_engine
     llm_engine.add_request("endless", {"prompt_token_ids": prompt(500)}, greedy(10**7))
