@@ -16,19 +16,15 @@ read faster than a copy from memory.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import vllm
 import vllm._C  # noqa: F401  registers the stock kernels
+from provenance import provenance
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -254,28 +250,6 @@ def cases(dtype: str, shapes: list[str], quick: bool) -> list[Case]:
             for batch, tokens in ([(8, 1)] if quick else [(1, 1), (32, 1), (1, 512)])
         ),
     ]
-
-
-def provenance() -> dict[str, object]:
-    """What a reader needs to repeat the run."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        model = next((x.split(": ")[1] for x in lines if "model name" in x), model)
-    return {
-        "git_revision": revision,
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "python": platform.python_version(),
-        "argv": sys.argv[1:],
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.detokenizer import (
     BaseIncrementalDetokenizer,
     FastIncrementalDetokenizer,
     SlowIncrementalDetokenizer,
 )
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
 TEXT_CHARS = 4096
@@ -194,8 +195,21 @@ class SlowStreamDetokenizer(BoundedText, SlowIncrementalDetokenizer):
         return text
 
 
+class DeltaLogprobs(LogprobsProcessor):
+    """Forgets the log-probabilities that a client which receives deltas has."""
+
+    logprobs: Any
+    kept: int
+
+    def update_from_output(self, output: EngineCoreOutput) -> None:
+        """See ``LogprobsProcessor``."""
+        if self.logprobs is not None and len(self.logprobs) >= 2 * self.kept:
+            self.logprobs = self.logprobs[-self.kept :]
+        super().update_from_output(output)
+
+
 class StreamOutputProcessor(OutputProcessor):
-    """vLLM's output processor with the detokenizers above."""
+    """vLLM's output processor with the classes above."""
 
     def add_request(
         self, request: EngineCoreRequest, *args: Any, **kwargs: Any
@@ -206,6 +220,12 @@ class StreamOutputProcessor(OutputProcessor):
         replacement = REPLACEMENTS.get(type(state.detokenizer))
         if replacement is not None:
             state.detokenizer = replacement(state.detokenizer, request)
+        if (
+            state.output_kind == RequestOutputKind.DELTA
+            and type(state.logprobs_processor) is LogprobsProcessor
+        ):
+            state.logprobs_processor.__class__ = DeltaLogprobs
+            state.logprobs_processor.kept = PENDING_TOKENS + state.stream_interval
 
 
 REPLACEMENTS: dict[type, Callable[[Any, EngineCoreRequest], BoundedText]] = {

@@ -10,9 +10,9 @@ from vllm.sampling_params import SamplingParams
 TOKEN_BYTES = 128
 """A prompt token's share in vLLM's processes: Python integers and lists of them in
 front end, engine core and worker, the message between them, block hashes."""
-LOGPROB_BYTES = 400
+LOGPROB_BYTES = 480
 """A prompt log-probability as vLLM reports it: a Python object in a dictionary."""
-FLAT_LOGPROB_BYTES = 160
+FLAT_LOGPROB_BYTES = 280
 """The same with ``flat_logprobs``: entries of lists."""
 FREE_BYTES_ASKED_ABOVE = 1 << 26
 """Smaller prompts are not worth asking the system how much memory is free."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
 
 from tests.engines import GOLDEN, core, engine, generate, greedy, pool_is_empty
 
@@ -129,6 +130,29 @@ def test_seeded_sampling_does_not_depend_on_prefill_chunks(llm: LLM) -> None:
         texts.append(list(output.outputs[0].token_ids))
     scheduler.scheduler_config.long_prefill_token_threshold = 0
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_logprobs_of_deltas_are_forgotten_once_sent(llm: LLM, flat: bool) -> None:
+    """The deltas together are what a client gets at the end, from bounded memory."""
+    settings = {"logprobs": 2, "flat_logprobs": flat}
+    params = greedy(400, **settings)
+    whole = generate(llm, [prompt(20)], params)[0].outputs[0]
+    params = greedy(400, output_kind=RequestOutputKind.DELTA, **settings)
+    llm.llm_engine.add_request("deltas", {"prompt_token_ids": prompt(20)}, params)
+    (state,) = llm.llm_engine.output_processor.request_states.values()
+    deltas, tokens = [], []
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            deltas += list(output.outputs[0].logprobs)
+            tokens += output.outputs[0].token_ids
+        assert len(state.logprobs_processor.logprobs) < 200
+    assert tokens == list(whole.token_ids)
+    assert len(deltas) == 400
+    for delta, expected in zip(deltas, whole.logprobs, strict=True):
+        assert delta.keys() == expected.keys()
+        for token, entry in delta.items():
+            assert abs(entry.logprob - expected[token].logprob) < 1e-4
 
 
 def test_logprobs_past_the_window(llm: LLM) -> None:

@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stream without an end costs: step time, memory and KV blocks over its text.
+
+Runs vLLM with sink eviction, its front end (this process), engine core and worker each
+in a process of its own, through four scenarios:
+
+- ``prefill``: one prompt of millions of tokens, read in chunks;
+- ``decode``: one stream that writes hundreds of thousands of tokens;
+- ``side-by-side``: many streams that write at once;
+- ``mixed``: one stream that writes beside short requests that come and go, which share
+  beginnings in the prefix cache; its tokens and theirs are compared with those alone.
+
+For each it reports the median step time in every tenth of the text (of what lies past
+the window), the resident set size of each process against the text, fitted by a line,
+and the KV blocks held. Step times are those the front end sees: from one message of the
+engine core to the next.
+
+The floor of the growth is what vLLM's own bookkeeping keeps of a request, in CPython:
+the engine core two list entries a token (16 bytes), the front end one (8 bytes), either
+an integer as well (32 bytes, none for the 262 smallest), and with prefix caching a hash
+a block (73 bytes). ``--stock`` measures it on stock vLLM. The worker needs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+
+import numpy as np
+import psutil
+from provenance import provenance
+from tqdm import tqdm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+SINK_TOKENS = 4
+TENTHS = 10
+CHUNK = 2048
+MEMORY_SECONDS = 0.5
+SHORT_PROMPT, SHORT_OUTPUT, SHORT_AT_ONCE = 96, 32, 3
+
+
+class BlockUsage(StatLoggerBase):
+    """Keeps the last ``kv_cache_usage`` that the scheduler reported."""
+
+    last = 0.0
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        """See ``StatLoggerBase``."""
+
+    def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        """Take over the step's figure."""
+        if scheduler_stats is not None:
+            BlockUsage.last = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+@dataclass
+class Series:
+    """What was seen while the text grew.
+
+    Attributes:
+        tokens: text length after each step, of one stream.
+        seconds: duration of each step.
+        memory: per process, bytes resident at ``memory_tokens``.
+        blocks: KV blocks held at ``memory_tokens``.
+    """
+
+    tokens: array[float] = field(default_factory=lambda: array("d"))
+    seconds: array[float] = field(default_factory=lambda: array("d"))
+    memory_tokens: array[float] = field(default_factory=lambda: array("d"))
+    memory: dict[str, array[float]] = field(default_factory=dict)
+    blocks: array[float] = field(default_factory=lambda: array("d"))
+
+
+class Engine:
+    """vLLM in three processes, stepped from here."""
+
+    def __init__(self, model: str, window: int, streams: int, stock: int) -> None:
+        """Start it; ``stock`` is the context length of a stock engine, or 0."""
+        options: dict[str, Any] = {}
+        if stock:
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+            options["max_model_len"] = stock
+        else:
+            settings = {"sink_tokens": SINK_TOKENS, "window_tokens": window}
+            options["additional_config"] = {"sink_paged": settings}
+        self.has_tokenizer = Path(model, "tokenizer.json").exists()
+        arguments = EngineArgs(
+            model,
+            skip_tokenizer_init=not self.has_tokenizer,
+            dtype="float32",
+            block_size=32,
+            max_num_seqs=max(streams, SHORT_AT_ONCE + 1),
+            max_num_batched_tokens=CHUNK,
+            kv_cache_memory_bytes=1 << 30,
+            distributed_executor_backend="mp",
+            **options,
+        )
+        self.engine = LLMEngine.from_engine_args(
+            arguments, stat_loggers=[BlockUsage], enable_multiprocessing=True
+        )
+        cache = self.engine.vllm_config.cache_config
+        self.num_blocks = int(cache.num_gpu_blocks)
+        front_end = psutil.Process()
+        children = front_end.children(recursive=True)
+        self.processes = {"front end": front_end}
+        for child in children:
+            title = "".join(child.cmdline()) + child.name()
+            for role, mark in (("engine core", "EngineCore"), ("worker", "Worker")):
+                if mark in title:
+                    self.processes[role] = child
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        """Add a greedy request that has no end but its length."""
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=self.has_tokenizer,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes resident, by process."""
+        return {role: p.memory_info().rss for role, p in self.processes.items()}
+
+    def blocks(self) -> float:
+        """KV blocks held."""
+        return BlockUsage.last * (self.num_blocks - 1)
+
+    def close(self) -> None:
+        """Stop its processes."""
+        self.engine.engine_core.shutdown()
+
+
+@contextmanager
+def started(*args: Any) -> Iterator[Engine]:
+    """An engine, stopped at the end."""
+    engine = Engine(*args)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def run_streams(
+    engine: Engine, prompts: list[list[int]], max_tokens: int, name: str
+) -> tuple[Series, list[list[int]]]:
+    """Let streams write side by side; what was seen, and what they wrote."""
+    series = Series(memory={role: array("d") for role in engine.processes})
+    outputs: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        outputs[str(index)] = []
+        engine.add(str(index), prompt, max_tokens)
+    length = len(prompts[0])
+    text, sampled = 0, 0.0
+    last = time.perf_counter()
+    with progress(length + max_tokens, name) as bar:
+        while engine.engine.has_unfinished_requests():
+            written = engine.engine.step()
+            now = time.perf_counter()
+            for output in written:
+                outputs[output.request_id] += output.outputs[0].token_ids
+            before = text
+            text = (
+                length + len(outputs["0"])
+                if outputs["0"]
+                else min(length, text + CHUNK // len(prompts))
+            )
+            if max_tokens > 1 or text < length:
+                series.tokens.append(text)
+                series.seconds.append(now - last)
+            last = now
+            bar.update(text - before)
+            if now - sampled > MEMORY_SECONDS:
+                sampled = now
+                for role, resident in engine.memory().items():
+                    series.memory[role].append(resident)
+                series.memory_tokens.append(text)
+                series.blocks.append(engine.blocks())
+                last = time.perf_counter()
+    return series, [outputs[str(index)] for index in range(len(prompts))]
+
+
+def run_mixed(
+    engine: Engine, prompt: list[int], max_tokens: int, alone: list[int], vocab: int
+) -> tuple[Series, dict[str, Any]]:
+    """One stream beside short requests; their latency over its text."""
+    rng = random.Random(1)
+    shared = [rng.randrange(vocab) for _ in range(SHORT_PROMPT)]
+    kinds = [
+        shared[: rng.choice((1, 32, 64, 90))] + [rng.randrange(vocab) for _ in range(6)]
+        for _ in range(64)
+    ]
+    expected = []
+    for kind in kinds:
+        _, (tokens,) = run_streams(engine, [kind], SHORT_OUTPUT, "")
+        expected.append(tokens)
+
+    series = Series(memory={role: array("d") for role in engine.processes})
+    engine.add("long", prompt, max_tokens)
+    long: list[int] = []
+    short: dict[str, list[int]] = {}
+    begun: dict[str, float] = {}
+    latencies: list[tuple[int, float, float]] = []
+    firsts: dict[str, float] = {}
+    number = wrong = 0
+    sampled, last = 0.0, time.perf_counter()
+    with progress(max_tokens, "mixed") as bar:
+        while len(long) < max_tokens:
+            while len(short) < SHORT_AT_ONCE and len(long) + 100 < max_tokens:
+                name = str(number)
+                short[name], begun[name] = [], time.perf_counter()
+                engine.add(name, kinds[number % len(kinds)], SHORT_OUTPUT)
+                number += 1
+            for output in engine.engine.step():
+                tokens = output.outputs[0].token_ids
+                name = output.request_id
+                if name == "long":
+                    long += tokens
+                    bar.update(len(tokens))
+                    continue
+                firsts.setdefault(name, time.perf_counter() - begun[name])
+                short[name] += tokens
+                if output.finished:
+                    wrong += short.pop(name) != expected[int(name) % len(kinds)]
+                    total = time.perf_counter() - begun.pop(name)
+                    latencies.append((len(long), firsts.pop(name), total))
+            now = time.perf_counter()
+            series.tokens.append(len(prompt) + len(long))
+            series.seconds.append(now - last)
+            last = now
+            if now - sampled > MEMORY_SECONDS:
+                sampled = now
+                for role, resident in engine.memory().items():
+                    series.memory[role].append(resident)
+                series.memory_tokens.append(len(prompt) + len(long))
+                series.blocks.append(engine.blocks())
+    while engine.engine.has_unfinished_requests():
+        engine.engine.step()
+    tenth = max(1, len(latencies) // TENTHS)
+    same = [a == b for a, b in zip(long, alone, strict=False)]
+    return series, {
+        "short_requests": number,
+        "short_requests_that_differ": wrong,
+        "long_tokens_compared": len(same),
+        "long_first_difference": same.index(False) if False in same else None,
+        **{
+            f"short_{what}_ms_{where}_tenth": 1e3
+            * statistics.median(entry[column] for entry in part)
+            for column, what in ((1, "first_token"), (2, "latency"))
+            for where, part in (
+                ("first", latencies[:tenth]),
+                ("last", latencies[-tenth:]),
+            )
+        },
+    }
+
+
+def summarise(series: Series, filled: int) -> dict[str, Any]:
+    """Step time by tenths, growth of memory, blocks; past ``filled`` tokens of text."""
+    tokens, seconds = np.array(series.tokens), np.array(series.seconds)
+    steady = seconds[tokens > filled]
+    tenths = [1e3 * float(np.median(part)) for part in np.array_split(steady, TENTHS)]
+    memory_tokens = np.array(series.memory_tokens)
+    past = memory_tokens > filled
+    growth = {}
+    for role, resident in series.memory.items():
+        if past.sum() > 2 and np.ptp(memory_tokens[past]):
+            slope, _ = np.polyfit(memory_tokens[past], np.array(resident)[past], 1)
+            growth[role] = float(slope)
+    blocks = np.array(series.blocks)[past]
+    return {
+        "steps": len(steady),
+        "step_ms_tenths": tenths,
+        "step_ms_p10_p90": [1e3 * float(x) for x in np.percentile(steady, (10, 90))],
+        "last_over_first": tenths[-1] / tenths[0],
+        "bytes_per_token": growth,
+        "peak_mib": {role: max(r) / 2**20 for role, r in series.memory.items() if r},
+        "kv_blocks_min_max": [float(blocks.min()), float(blocks.max())]
+        if blocks.size
+        else None,
+    }
+
+
+def thin(series: Series, points: int = 400) -> dict[str, list[float]]:
+    """Medians of the step time and samples of memory, few enough for a file."""
+    parts = np.array_split(np.arange(len(series.tokens)), points)
+    tokens, seconds = np.array(series.tokens), np.array(series.seconds)
+    keep = np.unique(np.linspace(0, len(series.memory_tokens) - 1, points).astype(int))
+    return {
+        "tokens": [float(tokens[part[-1]]) for part in parts if part.size],
+        "step_ms": [1e3 * float(np.median(seconds[p])) for p in parts if p.size],
+        "memory_tokens": [series.memory_tokens[i] for i in keep],
+        "kv_blocks": [series.blocks[i] for i in keep],
+        **{
+            f"{role}_mib": [resident[i] / 2**20 for i in keep]
+            for role, resident in series.memory.items()
+        },
+    }
+
+
+def progress(total: int, name: str) -> Any:
+    """A bar on the terminal, silent elsewhere and without a name."""
+    hidden = not name or not sys.stderr.isatty()
+    return tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=hidden)
+
+
+def write_random_model(folder: str, vocab: int) -> None:
+    """A Llama of 19 million random weights with a vocabulary of usual size."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def run_model(model: str, vocab: int, args: argparse.Namespace) -> dict[str, Any]:
+    """All scenarios of a model."""
+    context = json.loads(Path(model, "config.json").read_text())
+    window = context["max_position_embeddings"] - SINK_TOKENS - 1
+    filled = context["max_position_embeddings"] + CHUNK
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(vocab, size=64).tolist()
+    results: dict[str, Any] = {}
+
+    def report(name: str, series: Series, more: dict[str, Any] | None = None) -> None:
+        summary = summarise(series, filled) | (more or {})
+        results[name] = {"summary": summary, "series": thin(series)}
+        print(f"\n{name}: {json.dumps(summary, indent=1)}", flush=True)
+
+    with started(model, window, args.streams, args.stock) as engine:
+        wanted = args.scenarios
+        if "prefill" in wanted:
+            prompt = rng.integers(vocab, size=args.prefill_tokens).tolist()
+            series, _ = run_streams(engine, [prompt], 1, "prefill")
+            report("prefill", series)
+        alone: list[int] = []
+        if "decode" in wanted:
+            series, (alone,) = run_streams(
+                engine, [beginning], args.decode_tokens, "decode"
+            )
+            report("decode", series)
+        if "side-by-side" in wanted:
+            prompts = [
+                rng.integers(vocab, size=64).tolist() for _ in range(args.streams)
+            ]
+            series, _ = run_streams(engine, prompts, args.stream_tokens, "side-by-side")
+            report("side-by-side", series)
+        if "mixed" in wanted:
+            series, more = run_mixed(engine, beginning, args.mixed_tokens, alone, vocab)
+            report("mixed", series, more)
+    return {"cache_config": [SINK_TOKENS, window], "scenarios": results}
+
+
+def plot(models: dict[str, Any], path: Path) -> None:
+    """Step time, memory and blocks over the text, a row for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(
+        len(models), 3, figsize=(13, 3.6 * len(models)), squeeze=False
+    )
+    for axes, (model, result) in zip(rows, models.items(), strict=True):
+        for index, (name, scenario) in enumerate(result["scenarios"].items()):
+            series, color = scenario["series"], f"C{index}"
+            axes[0].plot(series["tokens"], series["step_ms"], color, label=name)
+            for role, style in (
+                ("worker", "-"),
+                ("engine core", "--"),
+                ("front end", ":"),
+            ):
+                if f"{role}_mib" in series:
+                    resident = np.array(series[f"{role}_mib"])
+                    axes[1].plot(series["memory_tokens"], resident, color + style)
+            axes[2].plot(series["memory_tokens"], series["kv_blocks"], color)
+        titles = (
+            "step, ms",
+            "resident, MiB (-- engine core, : front end)",
+            "KV blocks",
+        )
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(f"{model}: {title}", fontsize=9)
+            axis.set_xscale("log")
+            axis.set_xlabel("text, tokens")
+            axis.set_ylim(bottom=0)
+        axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run, print, and write ``endless.json`` and ``endless.png``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model",
+        action="append",
+        help="a folder, or 'random' for random weights; default both of ours",
+    )
+    parser.add_argument("--prefill-tokens", type=int, default=4_000_000)
+    parser.add_argument("--decode-tokens", type=int, default=300_000)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--stream-tokens", type=int, default=8_000)
+    parser.add_argument("--mixed-tokens", type=int, default=200_000)
+    parser.add_argument(
+        "--scenarios",
+        nargs="+",
+        default=["prefill", "decode", "side-by-side", "mixed"],
+        choices=["prefill", "decode", "side-by-side", "mixed"],
+    )
+    parser.add_argument(
+        "--stock", type=int, default=0, help="stock vLLM of this context length instead"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("bench_out"))
+    args = parser.parse_args()
+    models: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for model in args.model or ["models/pocket", "random"]:
+            path, vocab = model, 256
+            if model == "random":
+                path, vocab = folder, 32_000
+                write_random_model(path, vocab)
+            models[model] = run_model(path, vocab, args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    document = {"provenance": provenance(), "models": models}
+    path = args.output_dir / "endless.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    plot(models, args.output_dir / "endless.png")
+
+
+if __name__ == "__main__":
+    main()
