@@ -102,8 +102,7 @@ class Engine:
         """Start it; ``stock`` is the context length of a stock engine, or 0."""
         options: dict[str, Any] = {}
         if stock:
-            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-            options["max_model_len"] = stock
+            options["hf_overrides"] = {"max_position_embeddings": stock}
         else:
             settings = {"sink_tokens": SINK_TOKENS, "window_tokens": window}
             options["additional_config"] = {"sink_paged": settings}
