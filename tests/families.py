@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints of the model families, written by Hugging Face.
+
+Attention is pronounced (large weights) so that a wrong position or a missing key shows
+in the losses. Every family's trained length is 256.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+TRAINED = 256
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": TRAINED,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+}
+THETA = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    """Changes of a config: rotary positions scaled by ``kind``."""
+    return {"rope_parameters": THETA | {"rope_type": kind} | parameters}
+
+
+LLAMA3 = rope(
+    "llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+ALTERNATING = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 24,
+}
+SLIDING = "Mistral 7B v0.1 (sliding)"
+"""Every layer has a window of its own, so the sinks join it."""
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama (MHA)": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "Llama (GQA)": ("LlamaConfig", {}),
+    "Llama 3 (llama3 scaling)": ("LlamaConfig", LLAMA3),
+    "Llama (linear scaling)": ("LlamaConfig", rope("linear", factor=4.0)),
+    "Llama (YaRN)": ("LlamaConfig", YARN),
+    "Yi": ("LlamaConfig", rope("default", rope_theta=5e6)),
+    "Pythia / GPT-NeoX": (
+        "GPTNeoXConfig",
+        {"rope_parameters": THETA | {"partial_rotary_factor": 0.25}},
+    ),
+    "Mistral": ("MistralConfig", {"sliding_window": None}),
+    SLIDING: ("MistralConfig", {"sliding_window": 64}),
+    "Qwen2": ("Qwen2Config", {}),
+    "Qwen3": ("Qwen3Config", {}),
+    "Phi-3": ("Phi3Config", {"sliding_window": None}),
+    "Cohere": ("CohereConfig", {"logit_scale": 1.0}),
+    "GLM-4": (
+        "Glm4Config",
+        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+    ),
+    "StableLM": (
+        "StableLmConfig",
+        {"rope_parameters": THETA | {"partial_rotary_factor": 0.25}},
+    ),
+    "Phi-2": (
+        "PhiConfig",
+        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+    ),
+    "GLM-4 9B (HF)": (
+        "GlmConfig",
+        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+    ),
+    "OLMo 2": ("Olmo2Config", {}),
+    "StarCoder2": ("Starcoder2Config", {}),
+    "Gemma 2": (
+        "Gemma2Config",
+        ALTERNATING | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
+    ),
+    "Gemma 3": (
+        "Gemma3TextConfig",
+        ALTERNATING | {"query_pre_attn_scalar": 32, "rope_parameters": GEMMA3},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        ALTERNATING
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}
+        | rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+    ),
+}
+"""Config class and changes against ``SIZES``."""
+
+
+def make_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The config of a family's tiny model."""
+    name, differences = FAMILIES[family]
+    config: PreTrainedConfig = getattr(transformers, name)(
+        **(SIZES | differences | changes)
+    )
+    return config
+
+
+def make_model(
+    family: str, folder: Path | None = None, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """A tiny random model of ``family``, written into ``folder`` if that is given."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        make_config(family, **changes), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("sinks", "bias")):
+                weight.normal_(0.0, 1.0 if name.endswith("sinks") else 0.1)
+    model = model.float().eval()
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+def text(length: int) -> list[int]:
+    """A fixed text of ``length`` tokens without a period."""
+    return [256, *(7919 * i * i % 256 for i in range(1, length))]
