@@ -6,19 +6,30 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_paged.attention.backend import SinkAttentionImpl
-from sink_paged.rotary import StepRotations, UnsupportedLayerError
+from sink_paged.probe import prove_rotations
+from sink_paged.rotary import StepRotations, UnsupportedLayerError, VllmRotations
+from sink_paged.transformers_rotary import (
+    BatchRows,
+    TransformersRotations,
+    is_transformers_rotary,
+)
 
 
-def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
+def bind_rotations(
+    model: nn.Module, vllm_config: VllmConfig, capacity: int, max_tokens: int
+) -> list[StepRotations]:
     """Give each attention layer of ``model`` the rotations of the step's tokens.
 
     Args:
-        model: the loaded model; its rotary modules are found beside the attention
+        model: the loaded model; its rotary modules are found near the attention
             layers, not listed by name.
+        vllm_config: of the worker.
+        capacity: ``C = S + R``.
         max_tokens: the most tokens of a step.
 
     Returns:
@@ -27,23 +38,25 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
     Raises:
         UnsupportedLayerError: naming the layer whose positions cannot be had right.
     """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Attention)
+    }
     rotations: dict[nn.Module, StepRotations] = {}
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, Attention):
-            continue
+    for name, layer in layers.items():
         try:
             impl = layer.impl
             if not isinstance(impl, SinkAttentionImpl):
                 raise UnsupportedLayerError(f"it runs on {type(impl).__name__}")
             impl.check_supported()
-            parent = model.get_submodule(name.rpartition(".")[0])
-            attribute, rotary = _sibling_rotary(parent)
+            owner, attribute, rotary = _nearest_rotary(model, name)
             if rotary not in rotations:
-                rotations[rotary] = StepRotations(
-                    rotary, impl.window.capacity, max_tokens
-                )
+                step = make_rotations(rotary, capacity, max_tokens)
+                # The next layers find the substitute where they look for the module.
+                rotations[rotary] = rotations[step.rotary] = step
             impl.rotations = rotations[rotary]
-            setattr(parent, attribute, impl.rotations.rotary)
+            setattr(owner, attribute, impl.rotations.rotary)
         except UnsupportedLayerError as error:
             raise UnsupportedLayerError(
                 f"sink eviction does not support layer {name} "
@@ -54,7 +67,7 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
             f"sink eviction does not support {type(model).__name__}: no attention "
             "layer with rotary positions was found in it"
         )
-    steps = list(rotations.values())
+    steps = list(dict.fromkeys(rotations.values()))
 
     def set_positions(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -64,19 +77,44 @@ def bind_rotations(model: nn.Module, max_tokens: int) -> list[StepRotations]:
             step.set_positions(positions)
 
     model.register_forward_pre_hook(set_positions, with_kwargs=True)
+    prove_rotations(model, layers, vllm_config)
     return steps
 
 
-def _sibling_rotary(parent: nn.Module) -> tuple[str, RotaryEmbeddingBase]:
-    """Name and module of the rotary embedding that serves ``parent``'s attention."""
-    found = [
-        (name, child)
-        for name, child in parent.named_children()
-        if isinstance(child, RotaryEmbeddingBase)
-    ]
-    if len(found) != 1:
-        raise UnsupportedLayerError(
-            f"{len(found)} rotary embeddings stand beside it, expected 1 (learned "
-            "absolute, ALiBi and other position schemes are not supported)"
-        )
-    return found[0]
+def make_rotations(rotary: nn.Module, capacity: int, max_tokens: int) -> StepRotations:
+    """The rotations of a rotary module, whoever wrote it."""
+    if isinstance(rotary, RotaryEmbeddingBase):
+        return VllmRotations(rotary, capacity, max_tokens)
+    return TransformersRotations(rotary, capacity, max_tokens)
+
+
+def _nearest_rotary(model: nn.Module, layer: str) -> tuple[nn.Module, str, nn.Module]:
+    """The rotary module beside ``layer``, or else above it.
+
+    vLLM's models have one in each attention module, Hugging Face's have one that
+    serves all layers.
+
+    Returns:
+        The module's parent, its name there, and the module.
+    """
+    path = layer
+    while path:
+        path = path.rpartition(".")[0]
+        parent = model.get_submodule(path)
+        found = [
+            (parent, name, child)
+            for name, child in parent.named_children()
+            if isinstance(child, RotaryEmbeddingBase | BatchRows)
+            or is_transformers_rotary(child)
+        ]
+        if len(found) > 1:
+            raise UnsupportedLayerError(
+                f"{len(found)} rotary embeddings stand beside each other in "
+                f"{path or type(model).__name__}; which is its own cannot be read"
+            )
+        if found:
+            return found[0]
+    raise UnsupportedLayerError(
+        "no rotary embedding was found beside it or above it (learned absolute and "
+        "other position schemes are not supported)"
+    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def read_geometry(rotary: nn.Module) -> RotaryGeometry:
     amplitude = float(getattr(rotary, "mscale", table[0, 0]))
     with torch.device("cpu"):
         for frequencies in _candidate_frequencies(rotary):
-            if _explains(table, frequencies, amplitude):
+            if explains(table, frequencies, amplitude):
                 return RotaryGeometry(
                     frequencies, amplitude, interleaved=not rotary.is_neox_style
                 )
@@ -91,7 +92,7 @@ def _candidate_frequencies(rotary: RotaryEmbeddingBase) -> list[Tensor]:
     return candidates
 
 
-def _explains(table: Tensor, frequencies: Tensor, amplitude: float) -> bool:
+def explains(table: Tensor, frequencies: Tensor, amplitude: float) -> bool:
     """Whether ``amplitude * (cos | sin)(position * frequencies)`` is ``table``."""
     length, rotary_dim = table.shape
     if 2 * frequencies.numel() != rotary_dim or not math.isfinite(amplitude):
@@ -140,20 +141,86 @@ class RotationTables:
         return rotation
 
 
-class StepRotations:
+class StepRotations(ABC):
     """The rotations of one step's tokens for one rotary module of the model.
 
-    Owns a copy of the module, which takes its place in the model. Before each forward
-    pass row ``t`` of the copy's cos/sin table is set for token ``t`` of the batch, and
-    rows are looked up by the token's index in the batch. The model's code, compiled
-    or not, stays as it is. (A copy: vLLM shares one module among all engines of a
-    process.)
+    Before each forward pass row ``t`` of a small table is set for token ``t`` of the
+    batch, and ``rotary``, which takes the module's place in the model, looks rows up by
+    the token's index in the batch. The model's code, compiled or not, stays as it is.
 
     Attributes:
         geometry: how the module rotates.
-        rotary: the copy.
+        style_is_open: the module does not say which dims form a pair.
+        rotary: what takes the module's place.
+        trained_length: positions below it rotate as the module does, bit for bit.
         sink_rotation: float32 ``[max_tokens, rotary_dim]``, cos half and sin half of
             each query's second rotation.
+    """
+
+    rotary: Any
+    style_is_open = False
+
+    def __init__(
+        self,
+        geometry: RotaryGeometry,
+        trained_length: int,
+        capacity: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """Build the tables.
+
+        Args:
+            geometry: how the module rotates.
+            trained_length: positions that the module serves.
+            capacity: ``C = S + R``.
+            max_tokens: the most tokens of a step, padding included.
+            device: of the model.
+        """
+        self.geometry = geometry
+        self.trained_length = trained_length
+        self.capacity = capacity
+        self.tables = RotationTables(geometry.frequencies, device)
+        shape = (max_tokens, geometry.rotary_dim)
+        self.sink_rotation = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def set_positions(self, positions: Tensor) -> None:
+        """Set the rows for a step's tokens.
+
+        Args:
+            positions: text positions, int64 ``[num_tokens]``.
+        """
+        num_tokens = positions.shape[0]
+        last = self.trained_length - 1
+        near = self.trained_rows(positions.clamp(max=last))
+        far = self.tables(positions) * self.geometry.amplitude
+        far_rows = torch.cat((far.real, far.imag), dim=-1).to(near.dtype)
+        self.set_rows(torch.where((positions <= last)[:, None], near, far_rows))
+        back = self.tables((positions - self.capacity).clamp(min=0))
+        self.sink_rotation[:num_tokens].copy_(
+            torch.cat((back.real, -back.imag), dim=-1)
+        )
+
+    @abstractmethod
+    def trained_rows(self, positions: Tensor) -> Tensor:
+        """The module's own cos and sin at ``positions``, all below trained_length.
+
+        Returns:
+            ``[num_tokens, rotary_dim]``, cos half and sin half.
+        """
+
+    @abstractmethod
+    def set_rows(self, rows: Tensor) -> None:
+        """Let ``rotary`` return ``rows`` for the batch's tokens, in their order."""
+
+
+class VllmRotations(StepRotations):
+    """Serves one of vLLM's rotary modules, which rotates by a cos/sin table.
+
+    Owns a copy of the module: vLLM shares one among all engines of a process.
+
+    Attributes:
+        rotary: the copy, with a table of the step's rows.
     """
 
     def __init__(
@@ -166,15 +233,12 @@ class StepRotations:
             capacity: ``C = S + R``.
             max_tokens: the most tokens of a step, padding included.
         """
-        self.geometry = read_geometry(rotary)
-        self.capacity = capacity
+        geometry = read_geometry(rotary)
         self.trained = rotary.cos_sin_cache
-        self.tables = RotationTables(self.geometry.frequencies, self.trained.device)
-        shape = (max_tokens, self.geometry.rotary_dim)
         device = self.trained.device
+        super().__init__(geometry, len(self.trained), capacity, max_tokens, device)
         self.rotary = copy.deepcopy(rotary)
-        self.rotary.cos_sin_cache = self.trained.new_zeros(shape)
-        self.sink_rotation = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.rotary.cos_sin_cache = self.trained.new_zeros(self.sink_rotation.shape)
         look_up = self.rotary._forward_method
         batch_rows = torch.arange(max_tokens, device=device)
 
@@ -183,23 +247,11 @@ class StepRotations:
 
         self.rotary._forward_method = rotate
 
-    def set_positions(self, positions: Tensor) -> None:
-        """Set the rows for a step's tokens.
+    def trained_rows(self, positions: Tensor) -> Tensor:
+        """Rows of vLLM's table."""
+        return self.trained.index_select(0, positions)
 
-        Args:
-            positions: text positions, int64 ``[num_tokens]``.
-        """
-        num_tokens = positions.shape[0]
-        last = self.trained.shape[0] - 1
-        far = self.tables(positions) * self.geometry.amplitude
-        rows = torch.where(
-            (positions <= last)[:, None],
-            self.trained.index_select(0, positions.clamp(max=last)),
-            torch.cat((far.real, far.imag), dim=-1).to(self.trained.dtype),
-        )
+    def set_rows(self, rows: Tensor) -> None:
+        """Set the copy's table."""
         # Looked up each time: vLLM replaces the table when it casts it.
-        self.rotary.cos_sin_cache[:num_tokens].copy_(rows)
-        back = self.tables((positions - self.capacity).clamp(min=0))
-        self.sink_rotation[:num_tokens].copy_(
-            torch.cat((back.real, -back.imag), dim=-1)
-        )
+        self.rotary.cos_sin_cache[: len(rows)].copy_(rows)

@@ -50,7 +50,11 @@ class SinkCPUWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and bind its rotary geometry to the attention layers."""
         super().load_model(*args, **kwargs)
-        bind_rotations(self.model_runner.get_model(), self.model_runner.max_num_tokens)
+        runner = self.model_runner
+        capacity = stream_config(self.vllm_config).window.capacity
+        bind_rotations(
+            runner.get_model(), self.vllm_config, capacity, runner.max_num_tokens
+        )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The layers' caches, kept by the sink and window policy."""

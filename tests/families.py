@@ -67,7 +67,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Yi": ("LlamaConfig", rope("default", rope_theta=5e6)),
     "Pythia / GPT-NeoX": (
         "GPTNeoXConfig",
-        {"rope_parameters": THETA | {"partial_rotary_factor": 0.25}},
+        {
+            "num_key_value_heads": 4,
+            "rope_parameters": THETA | {"partial_rotary_factor": 0.25},
+        },
     ),
     "Mistral": ("MistralConfig", {"sliding_window": None}),
     SLIDING: ("MistralConfig", {"sliding_window": 64}),

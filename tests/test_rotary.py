@@ -14,8 +14,8 @@ from sink_paged.attention.reference import rotate
 from sink_paged.config import MAX_STREAM_TOKENS
 from sink_paged.rotary import (
     RotationTables,
-    StepRotations,
     UnsupportedLayerError,
+    VllmRotations,
     read_geometry,
 )
 
@@ -62,7 +62,7 @@ def test_bit_for_bit_below_the_trained_length(
 ) -> None:
     rotary = make_rotary(scaling, dtype, neox)
     stock = rotary.cos_sin_cache.clone()
-    steps = StepRotations(rotary, CAPACITY, max_tokens=len(stock))
+    steps = VllmRotations(rotary, CAPACITY, max_tokens=len(stock))
     positions = torch.randperm(len(stock))
     steps.set_positions(positions)
     query = torch.randn(len(stock), 3 * 64).to(dtype)
@@ -85,7 +85,7 @@ def test_far_positions_against_exact_angles(scaling: str) -> None:
     """Against cos and sin of the exact product position * frequency."""
     rotary = make_rotary(scaling, torch.float32)
     geometry = read_geometry(rotary)
-    steps = StepRotations(rotary, CAPACITY, max_tokens=64)
+    steps = VllmRotations(rotary, CAPACITY, max_tokens=64)
     length = len(steps.trained)
     positions = [length + p for p in FAR if length + p < MAX_STREAM_TOKENS]
     steps.set_positions(torch.tensor(positions))
@@ -108,7 +108,7 @@ def exact_rotation(position: int, frequencies: Tensor) -> Tensor:
 
 
 def test_queries_before_the_capacity_are_not_rotated_again() -> None:
-    steps = StepRotations(make_rotary("default", torch.float32), CAPACITY, 8)
+    steps = VllmRotations(make_rotary("default", torch.float32), CAPACITY, 8)
     steps.set_positions(torch.tensor([0, 1, CAPACITY - 1, CAPACITY]))
     cos, sin = steps.sink_rotation[:4].chunk(2, dim=-1)
     assert torch.equal(cos, torch.ones_like(cos))
@@ -119,7 +119,7 @@ def test_queries_before_the_capacity_are_not_rotated_again() -> None:
 def test_scores_depend_on_distances_only(far: int) -> None:
     """A window key scores by its true distance, a sink by its distance to ``C``."""
     rotary = make_rotary("default", torch.float32)
-    steps = StepRotations(rotary, CAPACITY, 8)
+    steps = VllmRotations(rotary, CAPACITY, 8)
     near_query, near_key, sink = CAPACITY + 40, CAPACITY + 23, 2
     positions = torch.tensor([near_query + far, near_key + far, sink])
     steps.set_positions(positions)
