@@ -7,6 +7,8 @@ in the losses. Every family's trained length is 256.
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2Config", {}),
     "Qwen3": ("Qwen3Config", {}),
     "Phi-3": ("Phi3Config", {"sliding_window": None}),
-    "Cohere": ("CohereConfig", {"logit_scale": 1.0}),
+    "Cohere": ("CohereConfig", {"logit_scale": 1.0, "tie_word_embeddings": True}),
     "GLM-4": (
         "Glm4Config",
         {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
@@ -123,22 +125,28 @@ def make_config(family: str, **changes: Any) -> PreTrainedConfig:
     return config
 
 
-def make_model(
-    family: str, folder: Path | None = None, seed: int = 0, **changes: Any
-) -> PreTrainedModel:
+def make_model(family: str, folder: Path | None = None) -> PreTrainedModel:
     """A tiny random model of ``family``, written into ``folder`` if that is given."""
-    torch.manual_seed(seed)
+    model = copy.deepcopy(_random_model(family))
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+@cache
+def _random_model(family: str) -> PreTrainedModel:
+    """Made once: an engine's Transformers backend decorates its class in place."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        make_config(family, **changes), attn_implementation="eager"
+        make_config(family), attn_implementation="eager"
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("sinks", "bias")):
                 weight.normal_(0.0, 1.0 if name.endswith("sinks") else 0.1)
-    model = model.float().eval()
-    if folder is not None:
-        model.save_pretrained(folder)
-    return model
+    for module in model.modules():
+        module.do_not_compile = True  # asked by the decoration
+    return model.float().eval()
 
 
 def text(length: int) -> list[int]:

@@ -95,3 +95,20 @@ def stream_greedy(
         gaps.append(float(best.values[0] - best.values[1]))
         scores = oracle.step(tokens[-1])
     return tokens, gaps
+
+
+def greedy_deficit(
+    oracle: StreamingOracle, prompt: list[int], tokens: list[int]
+) -> float:
+    """How far the chosen tokens fall short of the best, at most, in log-probability.
+
+    The oracle reads ``tokens`` as they were chosen, so that every one of them is
+    judged, those behind a near tie too.
+    """
+    for token in prompt:
+        scores = oracle.step(token)
+    worst = 0.0
+    for token in tokens:
+        worst = max(worst, float(scores.max() - scores[token]))
+        scores = oracle.step(token)
+    return worst
