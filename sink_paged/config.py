@@ -59,11 +59,19 @@ class SinkConfig:
             )
         return cls(**settings)
 
-    def resolve(self, max_model_len: int) -> SinkWindow:
+    def resolve(
+        self, max_model_len: int, sliding_window: int | None = None
+    ) -> SinkWindow:
         """The cache config for a resident bound of ``max_model_len`` tokens.
 
+        Args:
+            max_model_len: the most resident tokens, the query's own included.
+            sliding_window: tokens, the query's own included, that every layer of the
+                model was trained to see at most; None where there are global layers.
+
         Raises:
-            ValueError: when ``S + R + 1`` does not fit into ``max_model_len``.
+            ValueError: when ``S + R + 1`` does not fit into ``max_model_len``, or
+                ``R + 1`` into ``sliding_window``.
         """
         window = self.window_tokens
         if window is None:
@@ -74,6 +82,8 @@ class SinkConfig:
                     f"with --max-model-len {max_model_len} (by default the model's "
                     f"trained length) it must be in [0, {max_model_len - 2}]"
                 )
+            if sliding_window is not None:
+                window = max(1, min(window, sliding_window - 1))
         resident = self.sink_tokens + window + 1
         if resident > max_model_len:
             raise ValueError(
@@ -82,6 +92,13 @@ class SinkConfig:
                 "default the model's trained length) allows: with "
                 f"sink_tokens={self.sink_tokens}, window_tokens must be in "
                 f"[1, {max(1, max_model_len - self.sink_tokens - 1)}], got {window}"
+            )
+        if sliding_window is not None and window > sliding_window - 1:
+            raise ValueError(
+                f"every layer of this model has a sliding window of {sliding_window} "
+                "tokens, the query's own included, and was never trained on longer "
+                f"distances: window_tokens must be in [1, {sliding_window - 1}], "
+                f"got {window}"
             )
         return SinkWindow(self.sink_tokens, window)
 

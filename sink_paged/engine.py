@@ -55,7 +55,7 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     # allows it; distances inside the cache must not.
     trained = model_config.get_and_verify_max_len(None)
     resident = min(model_config.max_model_len, trained)
-    window = config.resolve(resident)
+    window = config.resolve(resident, vllm_config.cache_config.sliding_window)
     stream = StreamConfig(window, resident)
     vllm_config.additional_config = stream.store(vllm_config.additional_config)
     model_config.max_model_len = MAX_STREAM_TOKENS
@@ -89,6 +89,7 @@ def _check_settings(vllm_config: VllmConfig) -> None:
             or "llama_4_scaling_beta"
             in (getattr(text_config, "rope_parameters", {}) or {})
         ),
+        "attention in chunks of the text": model.attention_chunk_size is not None,
         "rotary frequencies that change with the length "
         "(rope_type dynamic or longrope)": _rope_type(text_config)
         in ("dynamic", "longrope"),

@@ -22,7 +22,6 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
-    FullAttentionSpec,
     KVCacheSpec,
     SlidingWindowSpec,
 )
@@ -45,7 +44,7 @@ class SinkWindowSpec(SlidingWindowSpec):
     sink_tokens: int
 
     @classmethod
-    def from_full_attention(cls, spec: FullAttentionSpec, window: SinkWindow) -> Self:
+    def from_attention(cls, spec: AttentionSpec, window: SinkWindow) -> Self:
         """The same cache layout as ``spec``, kept by the policy ``window``."""
         layout = {
             field.name: getattr(spec, field.name) for field in fields(AttentionSpec)

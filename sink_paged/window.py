@@ -33,6 +33,10 @@ class SinkWindow:
     sink_tokens: int
     window_tokens: int
 
+    def __str__(self) -> str:
+        """``S+R``."""
+        return f"{self.sink_tokens}+{self.window_tokens}"
+
     @property
     def capacity(self) -> int:
         """``C = S + R``: the tokens a full cache holds beside the query's own."""
@@ -56,6 +60,26 @@ class SinkWindow:
     def recent_keys(self, query: int) -> range:
         """Keys at their true distance, the query's own included."""
         return range(max(0, query - self.window_tokens), query + 1)
+
+
+def layer_window(
+    stream: SinkWindow, own_window: int | None, model_window: int | None
+) -> SinkWindow:
+    """What a layer keeps, given the sliding windows that the model was trained with.
+
+    Such a window counts the query's own token. A layer that has one while others have
+    none, or a longer one, keeps its own and no sinks. Where all layers have the same,
+    the streams' window has been chosen within it.
+
+    Args:
+        stream: the cache config.
+        own_window: the layer's sliding window, None for a global layer.
+        model_window: the sliding window of every layer of the model, None if there is
+            no such thing.
+    """
+    if own_window is None or own_window == model_window:
+        return stream
+    return SinkWindow(0, own_window - 1)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,14 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from sink_paged.config import StreamConfig
@@ -57,17 +63,31 @@ class SinkCPUWorker(CPUWorker):
         )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The layers' caches, kept by the sink and window policy."""
-        window = stream_config(self.vllm_config).window
-        specs = {}
+        """The layers' caches, each kept by its layer's window."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        specs: dict[str, SinkWindowSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
-            if type(spec) is not FullAttentionSpec:
+            if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
                 raise UnsupportedLayerError(
                     f"sink eviction does not support layer {name}: its KV cache is a "
-                    f"{type(spec).__name__}, not a FullAttentionSpec"
+                    f"{type(spec).__name__}, not one of keys and values"
                 )
-            specs[name] = SinkWindowSpec.from_full_attention(spec, window)
-        return specs
+            specs[name] = SinkWindowSpec.from_attention(spec, layers[name].impl.window)
+        pages = {spec.page_size_bytes: name for name, spec in specs.items()}
+        if len(pages) > 1:
+            raise UnsupportedLayerError(
+                "sink eviction does not support layers whose KV cache pages differ in "
+                f"size, as those of {' and '.join(pages.values())} do"
+            )
+        windows = {str(spec.blocks.window): name for name, spec in specs.items()}
+        scheduler = self.vllm_config.scheduler_config
+        if len(windows) > 1 and scheduler.disable_hybrid_kv_cache_manager:
+            raise UnsupportedLayerError(
+                "sink eviction does not support --disable-hybrid-kv-cache-manager for "
+                "a model with sliding-window layers: they keep other tokens than its "
+                f"global layers, as {' and '.join(windows.values())} do"
+            )
+        return dict(specs)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
@@ -101,8 +121,11 @@ class SinkCPUWorker(CPUWorker):
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; refuses too few in terms of a stream's bound."""
         available: int = super().determine_available_memory()
-        specs = self.get_kv_cache_spec().values()
-        needed = sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)
+        groups = get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
+        # A block has room for the layers of any group.
+        layers = max(len(group.layer_names) for group in groups)
+        specs = [group.kv_cache_spec for group in groups]
+        needed = layers * sum(s.max_memory_usage_bytes(self.vllm_config) for s in specs)
         if needed > available:
             window = stream_config(self.vllm_config).window
             raise ValueError(
@@ -118,18 +141,16 @@ class SinkCPUWorker(CPUWorker):
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
         enable_streams(self.model_runner)
-        window = stream_config(self.vllm_config).window
-        for group in kv_cache_config.kv_cache_groups:
-            blocks = group.kv_cache_spec.blocks
-            bound = blocks.max_blocks(self.vllm_config.max_in_flight_tokens)
-            logger.info(
-                "Sink eviction: cache config %d+%d. A stream of any length holds at "
-                "most %d KV blocks of %d tokens (%d while it only decodes); the pool "
-                "has %d",
-                window.sink_tokens,
-                window.window_tokens,
-                bound,
-                blocks.block_size,
-                blocks.max_blocks(1),
-                kv_cache_config.num_blocks - 1,
-            )
+        policies = [
+            group.kv_cache_spec.blocks for group in kv_cache_config.kv_cache_groups
+        ]
+        in_flight = self.vllm_config.max_in_flight_tokens
+        logger.info(
+            "Sink eviction: cache config %s. A stream of any length holds at most %d "
+            "KV blocks of %d tokens (%d while it only decodes); the pool has %d",
+            " and ".join(dict.fromkeys(str(policy.window) for policy in policies)),
+            sum(policy.max_blocks(in_flight) for policy in policies),
+            policies[0].block_size,
+            sum(policy.max_blocks(1) for policy in policies),
+            kv_cache_config.num_blocks - 1,
+        )

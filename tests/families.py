@@ -48,7 +48,7 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+YARN_64 = {"factor": 4.0, "original_max_position_embeddings": 64}
 GEMMA3 = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -65,7 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama (GQA)": ("LlamaConfig", {}),
     "Llama 3 (llama3 scaling)": ("LlamaConfig", LLAMA3),
     "Llama (linear scaling)": ("LlamaConfig", rope("linear", factor=4.0)),
-    "Llama (YaRN)": ("LlamaConfig", YARN),
+    "Llama (YaRN)": ("LlamaConfig", rope("yarn", **YARN_64)),
     "Yi": ("LlamaConfig", rope("default", rope_theta=5e6)),
     "Pythia / GPT-NeoX": (
         "GPTNeoXConfig",
@@ -100,7 +100,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "StarCoder2": ("Starcoder2Config", {}),
     "Gemma 2": (
         "Gemma2Config",
-        ALTERNATING | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
+        ALTERNATING
+        | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0}
+        | {"tie_word_embeddings": True},
     ),
     "Gemma 3": (
         "Gemma3TextConfig",
@@ -110,7 +112,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         ALTERNATING
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}
-        | rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+        | rope("yarn", **YARN_64, beta_fast=32.0, beta_slow=1.0, truncate=False),
     ),
 }
 """Config class and changes against ``SIZES``."""

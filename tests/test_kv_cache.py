@@ -43,7 +43,7 @@ def make_spec(window: SinkWindow, block_size: int) -> SinkWindowSpec:
     full = FullAttentionSpec(
         block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.float32
     )
-    return SinkWindowSpec.from_full_attention(full, window)
+    return SinkWindowSpec.from_attention(full, window)
 
 
 def make_manager(spec: SinkWindowSpec, num_blocks: int, caching: bool) -> Any:

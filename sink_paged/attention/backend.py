@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from sink_paged.attention.cpu import prepare, sink_attention, write_kv
 from sink_paged.config import StreamConfig
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
+from sink_paged.window import layer_window
 
 
 @dataclass
@@ -79,7 +80,8 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
     """Attention of one layer.
 
     Attributes:
-        window: the cache config.
+        window: what this layer keeps: the cache config, or its own sliding window.
+        sink_logits: learned sink logits, float32 ``[num_heads]``, or None.
         rotations: rotations of the step's tokens, set once the model is loaded; None
             for a layer without rotary positions.
     """
@@ -108,12 +110,15 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sliding_window = sliding_window
         self.alibi_slopes = alibi_slopes
-        self.logits_soft_cap = logits_soft_cap
+        self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
+        self.sink_logits: Tensor | None = None
         vllm_config = get_current_vllm_config()
         stream = StreamConfig.load(vllm_config.additional_config)
         assert stream is not None, "this backend is chosen by sink eviction only"
-        self.window = stream.window
+        self.window = layer_window(
+            stream.window, sliding_window, vllm_config.cache_config.sliding_window
+        )
         prepare(vllm_config.model_config.dtype)
         self.rotations: StepRotations | None = None
 
@@ -127,12 +132,7 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
             f"it is {self.attn_type} attention, not decoder attention": (
                 self.attn_type != AttentionType.DECODER
             ),
-            f"it has its own sliding window of {self.sliding_window} tokens": (
-                self.sliding_window is not None
-            ),
             "it uses ALiBi": self.alibi_slopes is not None,
-            "it caps its attention logits": bool(self.logits_soft_cap),
-            "it has learned sink logits": self.sinks is not None,
             "it reads the KV cache of another layer": (
                 self.kv_sharing_target_layer_name is not None
             ),
@@ -143,6 +143,11 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         for reason, applies in refused.items():
             if applies:
                 raise UnsupportedLayerError(reason)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the learned sink logits in the kernel's dtype."""
+        if self.sinks is not None:
+            self.sink_logits = self.sinks.detach().to(torch.float32).contiguous()
 
     def forward(
         self,
@@ -185,6 +190,8 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
             window=self.window,
             scale=self.scale,
             interleaved=rotations is not None and rotations.geometry.interleaved,
+            soft_cap=self.soft_cap,
+            sink_logits=self.sink_logits,
         )
         return output
 
@@ -215,6 +222,11 @@ class SinkAttentionBackend(AttentionBackend):
     def get_name() -> str:
         """The name of the enum member under which the backend is registered."""
         return "CUSTOM"
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Learned sink logits (gpt-oss)."""
+        return True
 
     @staticmethod
     def get_supported_kernel_block_sizes(
