@@ -53,8 +53,9 @@ GEMMA3 = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+SLIDES = "sliding_attention"
 ALTERNATING = {
-    "layer_types": ["sliding_attention", "full_attention"],
+    "layer_types": [SLIDES, "full_attention"],
     "sliding_window": 24,
 }
 SLIDING = "Mistral 7B v0.1 (sliding)"
@@ -107,6 +108,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3": (
         "Gemma3TextConfig",
         ALTERNATING | {"query_pre_attn_scalar": 32, "rope_parameters": GEMMA3},
+    ),
+    "Gemma 3 (3 sliding : 2 global)": (
+        "Gemma3TextConfig",
+        {
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": GEMMA3,
+            "num_hidden_layers": 5,
+            "layer_types": [SLIDES, SLIDES, "full_attention", SLIDES, "full_attention"],
+            "sliding_window": 40,
+        },
     ),
     "gpt-oss": (
         "GptOssConfig",

@@ -1,19 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models whose layers have sliding windows of their own."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm import LLM
 
 from tests.against_oracle import check_family
-from tests.families import SLIDING
+from tests.engines import (
+    core,
+    engine,
+    generate,
+    greedy,
+    kv_cache_manager,
+    pool_is_empty,
+    prompt_losses,
+    worst,
+)
+from tests.families import SLIDING, make_model, text
+from tests.oracle import stream_losses
+from tests.oracle_hf import StreamingModel
+
+SINKS = (4, 60)
+BLOCK_SIZE = 16
+MAX_BATCHED = 512
+MIXED = "Gemma 3 (3 sliding : 2 global)"
+"""Two layers a group: one of global layers, and two of sliding ones, one padded."""
+TEXT = text(500)
+READ = greedy(1, prompt_logprobs=0)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    make_model(MIXED, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": MAX_BATCHED}
+    with engine(model, SINKS, **options) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def losses(llm: LLM) -> list[float]:
+    """In one chunk, alone, with a cold cache."""
+    return prompt_losses(generate(llm, [TEXT], READ)[0])
+
+
+def tokens_of(llm: LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
+    outputs = generate(llm, prompts, greedy(count))
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def forget(llm: LLM) -> None:
+    """Empty the prefix cache."""
+    assert pool_is_empty(llm)
+    assert llm.reset_prefix_cache()
+
+
+def test_several_groups_are_exact(llm: LLM, losses: list[float]) -> None:
+    windows = [
+        (str(manager.blocks.window), len(group.layer_names))
+        for manager, group in zip(
+            kv_cache_manager(llm).coordinator.single_type_managers,
+            kv_cache_manager(llm).kv_cache_config.kv_cache_groups,
+            strict=True,
+        )
+    ]
+    assert sorted(windows) == [("0+39", 1), ("0+39", 2), ("4+60", 2)]
+    expected = stream_losses(StreamingModel(make_model(MIXED), *SINKS), TEXT)
+    assert worst(losses, expected) < 1e-3
+
+
+@pytest.mark.parametrize("chunk", [16, 37])
+def test_prefill_chunks(llm: LLM, losses: list[float], chunk: int) -> None:
+    forget(llm)
+    scheduler = core(llm).scheduler.scheduler_config
+    scheduler.long_prefill_token_threshold = chunk
+    try:
+        read = generate(llm, [TEXT, *(text(n) for n in (1, 41, 65, 300))], READ)[0]
+    finally:
+        scheduler.long_prefill_token_threshold = 0
+    assert worst(prompt_losses(read), losses) < TOLERANCE
+
+
+def test_prefix_cache_hit_after_eviction(llm: LLM) -> None:
+    """A hit needs the blocks of every group; each group has evicted others."""
+    forget(llm)
+    cold = generate(llm, [TEXT], greedy(150))[0]
+    assert not cold.num_cached_tokens
+    hit = generate(llm, [TEXT], greedy(150))[0]
+    assert hit.num_cached_tokens == (len(TEXT) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    answer = list(cold.outputs[0].token_ids)
+    assert list(hit.outputs[0].token_ids) == answer
+    turn = [*TEXT, *answer, 65, 66]
+    warm = generate(llm, [turn], greedy(60))[0]
+    assert warm.num_cached_tokens > len(TEXT) + 100
+    forget(llm)
+    assert tokens_of(llm, [turn], 60)[0] == list(warm.outputs[0].token_ids)
+
+
+def test_blocks_are_bounded(llm: LLM) -> None:
+    """In each group, and all are given back."""
+    forget(llm)
+    managers = kv_cache_manager(llm).coordinator.single_type_managers
+    llm.llm_engine.add_request("long", {"prompt_token_ids": TEXT}, greedy(500))
+    steps = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        for manager in managers:
+            for row in manager.req_to_blocks.values():
+                held = sum(not block.is_null for block in row)
+                assert held <= manager.blocks.max_blocks(MAX_BATCHED)
+                if len(row) * BLOCK_SIZE > len(TEXT) + BLOCK_SIZE:
+                    assert held <= manager.blocks.max_blocks(1)
+                    steps += 1
+    assert steps > 3 * 400
+    assert pool_is_empty(llm)
+
+
+# The tests from here on start engines of their own, which ends vLLM's distributed state
+# of this process: the shared engine cannot run after them.
+
+
+def test_preemption(model: Path) -> None:
+    """The smallest pool for one stream, and streams that all outgrow their windows."""
+    prompts = [[256, seed, *TEXT[2:20]] for seed in range(4)]
+    options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
+    with engine(model, SINKS, **options) as llm:
+        roomy = tokens_of(llm, prompts, 200)
+        managers = kv_cache_manager(llm).coordinator.single_type_managers
+        bound = sum(manager.blocks.max_blocks(64) for manager in managers)
+    options |= {"num_gpu_blocks_override": bound + 1, "disable_log_stats": False}
+    with engine(model, SINKS, **options) as llm:
+        crowded = tokens_of(llm, prompts, 200)
+        stats = {metric.name: metric for metric in llm.get_metrics()}
+        assert stats["vllm:num_preemptions"].value > 0
+        assert pool_is_empty(llm)
+    assert crowded == roomy
+
+
+def test_too_little_memory_is_refused_in_terms_of_a_stream(model: Path) -> None:
+    """The bound counts every group, and a block is as wide as the widest."""
+    layers, page = 2, BLOCK_SIZE * 2 * 2 * 32 * 4
+    blocks = (1 + -(-(60 + 64) // 16) + 1) + 2 * (-(-(39 + 64) // 16) + 1)
+    needed = layers * page * blocks
+    options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
+    with (
+        pytest.raises(ValueError, match=r"but a stream with cache config 4\+60"),
+        engine(model, SINKS, kv_cache_memory_bytes=needed - 1, **options),
+    ):
+        pass
+
+
+def test_one_kind_of_group_for_all_layers_is_refused(model: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="--disable-hybrid-kv-cache-manager"),
+        engine(model, SINKS, disable_hybrid_kv_cache_manager=True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("family", ["Gemma 2", "Gemma 3", "gpt-oss"])
 def test_global_layers_stream_and_sliding_layers_slide(
     family: str, tmp_path: Path
 ) -> None:
-    check_family(family, tmp_path, (4, 60), 60)
+    check_family(family, tmp_path, SINKS, 60)
 
 
 def test_sinks_join_the_window_that_every_layer_has(tmp_path: Path) -> None:
