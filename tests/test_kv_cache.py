@@ -7,6 +7,7 @@ physical memory records which text prefix stands in which slot, so that a wrong 
 freed or an overwritten block shows as a key with the wrong content.
 """
 
+import itertools
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from vllm.v1.request import Request
 from sink_paged import kv_cache
 from sink_paged.config import MAX_STREAM_TOKENS
 from sink_paged.kv_cache import SinkWindowSpec
-from sink_paged.window import SinkWindow, cdiv
+from sink_paged.window import BlockWindow, SinkWindow, cdiv
 
 MAX_CHUNK = 24
 
@@ -46,19 +47,23 @@ def make_spec(window: SinkWindow, block_size: int) -> SinkWindowSpec:
     return SinkWindowSpec.from_attention(full, window)
 
 
-def make_manager(spec: SinkWindowSpec, num_blocks: int, caching: bool) -> Any:
+def make_manager(num_blocks: int, caching: bool, *specs: SinkWindowSpec) -> Any:
+    groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
     return KVCacheManager(
-        KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        KVCacheConfig(num_blocks, [], groups),
         max_model_len=MAX_STREAM_TOKENS,
-        scheduler_block_size=spec.block_size,
-        hash_block_size=spec.block_size,
+        scheduler_block_size=specs[0].block_size,
+        hash_block_size=specs[0].block_size,
         max_in_flight_tokens=MAX_CHUNK,
         enable_caching=caching,
     )
 
 
 class Scheduler(RuleBasedStateMachine):
-    """Drives a ``KVCacheManager`` as vLLM's scheduler does."""
+    """Drives a ``KVCacheManager`` as vLLM's scheduler does.
+
+    One group of layers that stream, and up to two that slide natively.
+    """
 
     @initialize(
         sinks=st.sampled_from([0, 1, 4, 5, 16, 19]),
@@ -66,19 +71,28 @@ class Scheduler(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 4, 16]),
         caching=st.booleans(),
         spare=st.integers(0, 30),
+        native=st.lists(st.integers(1, 60), max_size=2),
     )
     def start(
-        self, sinks: int, window: int, block_size: int, caching: bool, spare: int
+        self,
+        sinks: int,
+        window: int,
+        block_size: int,
+        caching: bool,
+        spare: int,
+        native: list[int],
     ) -> None:
-        self.window = SinkWindow(sinks, window)
-        self.spec = make_spec(self.window, block_size)
-        self.policy = self.spec.blocks
-        self.bound = self.policy.max_blocks(MAX_CHUNK)
+        windows = [SinkWindow(sinks, window), *(SinkWindow(0, w) for w in native)]
+        specs = [make_spec(window, block_size) for window in windows]
+        self.block_size = block_size
+        self.policies = [spec.blocks for spec in specs]
+        self.bound = sum(policy.max_blocks(MAX_CHUNK) for policy in self.policies)
         num_blocks = 1 + self.bound + spare  # vLLM keeps one as the null block
-        self.manager = make_manager(self.spec, num_blocks, caching)
+        self.manager = make_manager(num_blocks, caching, *specs)
         self.pool = self.manager.block_pool
         self.hasher = get_request_block_hasher(block_size, sha256)
-        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        # Of each slot: which group's layers wrote it, and the text they had read.
+        self.memory: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
         self.texts: list[list[int]] = []
         self.requests: list[Request] = []
         self.count = 0
@@ -150,37 +164,55 @@ class Scheduler(RuleBasedStateMachine):
         self.manager.free(request)
         request.num_computed_tokens = 0
 
-    def blocks_of(self, request: Request) -> list[Any]:
-        manager = self.manager.coordinator.single_type_managers[0]
-        return list(manager.req_to_blocks.get(request.request_id, []))
+    def blocks_of(self, request: Request) -> list[list[Any]]:
+        """The request's blocks in each group."""
+        managers = self.manager.coordinator.single_type_managers
+        return [
+            list(manager.req_to_blocks.get(request.request_id, []))
+            for manager in managers
+        ]
 
     def read_and_write(self, request: Request, computed: int, chunk: int) -> None:
         """What the worker does: write the chunk's keys, then attend."""
-        blocks = self.blocks_of(request)
+        groups = self.blocks_of(request)
+        for group, (policy, blocks) in enumerate(
+            zip(self.policies, groups, strict=True)
+        ):
+            self.read_and_write_group(group, policy, blocks, request, computed, chunk)
+        held = sum(not block.is_null for blocks in groups for block in blocks)
+        assert held <= self.bound
+
+    def read_and_write_group(
+        self,
+        group: int,
+        policy: BlockWindow,
+        blocks: list[Any],
+        request: Request,
+        computed: int,
+        chunk: int,
+    ) -> None:
         text = tuple(request.all_token_ids)
-        size = self.spec.block_size
+        size, window = self.block_size, policy.window
         for position in range(computed, computed + chunk):
             block = blocks[position // size]
             assert not block.is_null
             assert block.ref_cnt == 1, "written while another stream reads it"
-            self.memory[block.block_id, position % size] = text[: position + 1]
+            slot = block.block_id, position % size
+            self.memory[slot] = group, text[: position + 1]
         for query in range(computed, computed + chunk):
-            for key in (
-                *self.window.cut_off_sinks(query),
-                *self.window.recent_keys(query),
-            ):
+            for key in (*window.cut_off_sinks(query), *window.recent_keys(query)):
                 block = blocks[key // size]
                 assert not block.is_null, "an attended key was freed"
-                assert self.memory[block.block_id, key % size] == text[: key + 1]
+                slot = block.block_id, key % size
+                assert self.memory[slot] == (group, text[: key + 1])
         held = [index for index, block in enumerate(blocks) if not block.is_null]
-        first = self.policy.first_window_block(computed)
+        first = policy.first_window_block(computed)
         expected = [
             index
             for index in range(cdiv(computed + chunk, size))
-            if index < self.policy.pinned_blocks or index >= first
+            if index < policy.pinned_blocks or index >= first
         ]
         assert held == expected, "kept: the pinned blocks and the window, nothing else"
-        assert len(held) <= self.bound
 
     @invariant()
     def every_block_is_free_or_held(self) -> None:
@@ -188,7 +220,7 @@ class Scheduler(RuleBasedStateMachine):
             return
         held: dict[int, int] = {}
         for request in self.requests:
-            for block in self.blocks_of(request):
+            for block in itertools.chain.from_iterable(self.blocks_of(request)):
                 if not block.is_null:
                     held[block.block_id] = held.get(block.block_id, 0) + 1
         for block in self.pool.blocks:
@@ -241,7 +273,7 @@ def test_hit_after_eviction_finds_pinned_blocks_and_window() -> None:
     window, block_size = SinkWindow(4, 32), 16
     spec = make_spec(window, block_size)
     num_blocks = 1 + spec.blocks.max_blocks(MAX_CHUNK) + 2
-    manager = make_manager(spec, num_blocks, caching=True)
+    manager = make_manager(num_blocks, True, spec)
     first = make_request("first", 40 * block_size, block_size)
     read_text(manager, first, MAX_CHUNK)
     manager.free(first)
@@ -256,7 +288,7 @@ def test_hit_after_eviction_finds_pinned_blocks_and_window() -> None:
 def test_no_hit_without_the_pinned_block() -> None:
     window, block_size = SinkWindow(4, 32), 16
     spec = make_spec(window, block_size)
-    manager = make_manager(spec, 64, caching=True)
+    manager = make_manager(64, True, spec)
     first = make_request("first", 20 * block_size, block_size)
     read_text(manager, first, MAX_CHUNK)
     pinned = manager.get_blocks("first").blocks[0][0]
