@@ -55,6 +55,13 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     # allows it; distances inside the cache must not.
     trained = model_config.get_and_verify_max_len(None)
     resident = min(model_config.max_model_len, trained)
+    if _rope_type(model_config.hf_text_config) == "longrope" and resident < (
+        model_config.max_model_len
+    ):
+        raise UnsupportedSettingError(
+            "sink eviction does not support longrope frequencies beyond their switch: "
+            f"set --max-model-len to {trained} at most"
+        )
     window = config.resolve(resident, vllm_config.cache_config.sliding_window)
     stream = StreamConfig(window, resident)
     vllm_config.additional_config = stream.store(vllm_config.additional_config)
@@ -90,9 +97,9 @@ def _check_settings(vllm_config: VllmConfig) -> None:
             in (getattr(text_config, "rope_parameters", {}) or {})
         ),
         "attention in chunks of the text": model.attention_chunk_size is not None,
-        "rotary frequencies that change with the length "
-        "(rope_type dynamic or longrope)": _rope_type(text_config)
-        in ("dynamic", "longrope"),
+        "rotary frequencies that change with the length (rope_type dynamic)": (
+            _rope_type(text_config) == "dynamic"
+        ),
         "--enable-prompt-embeds": model.enable_prompt_embeds,
         "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,

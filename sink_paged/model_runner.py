@@ -12,12 +12,13 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_paged.attention.backend import SinkAttentionImpl
 from sink_paged.probe import prove_rotations
-from sink_paged.rotary import StepRotations, UnsupportedLayerError, VllmRotations
+from sink_paged.rotary import StepRotations, UnsupportedLayerError
 from sink_paged.transformers_rotary import (
     BatchRows,
     TransformersRotations,
     is_transformers_rotary,
 )
+from sink_paged.vllm_rotary import VllmRotations, find_table
 
 
 def bind_rotations(
@@ -83,9 +84,9 @@ def bind_rotations(
 
 def make_rotations(rotary: nn.Module, capacity: int, max_tokens: int) -> StepRotations:
     """The rotations of a rotary module, whoever wrote it."""
-    if isinstance(rotary, RotaryEmbeddingBase):
-        return VllmRotations(rotary, capacity, max_tokens)
-    return TransformersRotations(rotary, capacity, max_tokens)
+    if is_transformers_rotary(rotary):
+        return TransformersRotations(rotary, capacity, max_tokens)
+    return VllmRotations(rotary, capacity, max_tokens)
 
 
 def _nearest_rotary(model: nn.Module, layer: str) -> tuple[nn.Module, str, nn.Module]:
@@ -105,6 +106,7 @@ def _nearest_rotary(model: nn.Module, layer: str) -> tuple[nn.Module, str, nn.Mo
             (parent, name, child)
             for name, child in parent.named_children()
             if isinstance(child, RotaryEmbeddingBase | BatchRows)
+            or find_table(child) is not None
             or is_transformers_rotary(child)
         ]
         if len(found) > 1:

@@ -5,23 +5,21 @@ A key is rotated once, at its text position. A query is rotated at its text posi
 ``i`` for the window, and once more by ``min(i, C) - i`` for the sinks, which puts the
 sinks at their distance inside the cache (StreamingLLM, section 3.2).
 
-vLLM's cos/sin table ends at the trained length. Past it the rotation is composed in
-float64 from small tables: a position is written in base ``RADIX`` and its rotation is
-the product of the rotations of its digits. Below the trained length the rows of vLLM's
-own table are used, bit for bit.
+A model's rotary module serves positions up to the trained length. Past it the rotation
+is composed in float64 from small tables: a position is written in base ``RADIX`` and
+its rotation is the product of the rotations of its digits. Below the trained length the
+module's own cos and sin are used, bit for bit.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from torch import Tensor
 
 from sink_paged.config import MAX_STREAM_TOKENS
 
@@ -51,45 +49,6 @@ class RotaryGeometry:
     def rotary_dim(self) -> int:
         """Dimensions of a head that rotate."""
         return 2 * self.frequencies.numel()
-
-
-def read_geometry(rotary: nn.Module) -> RotaryGeometry:
-    """Read the geometry of one of vLLM's rotary modules, and prove it.
-
-    The frequencies come from the module's own formula in its own precision; a formula
-    that does not reproduce the module's cos/sin table is not believed.
-
-    Raises:
-        UnsupportedLayerError: when no formula of the module explains its table.
-    """
-    table = getattr(rotary, "cos_sin_cache", None)
-    if not isinstance(rotary, RotaryEmbeddingBase) or not isinstance(table, Tensor):
-        raise UnsupportedLayerError(
-            f"its rotary module {type(rotary).__name__} has no cos/sin table to read"
-        )
-    table = table.detach().to("cpu", torch.float64)
-    # Exact where the module names it; the table may be rounded to bfloat16.
-    amplitude = float(getattr(rotary, "mscale", table[0, 0]))
-    with torch.device("cpu"):
-        for frequencies in _candidate_frequencies(rotary):
-            if explains(table, frequencies, amplitude):
-                return RotaryGeometry(
-                    frequencies, amplitude, interleaved=not rotary.is_neox_style
-                )
-    raise UnsupportedLayerError(
-        f"the frequencies of its rotary module {type(rotary).__name__} could not be "
-        "read: they do not reproduce its cos/sin table"
-    )
-
-
-def _candidate_frequencies(rotary: RotaryEmbeddingBase) -> list[Tensor]:
-    scaling = getattr(rotary, "scaling_factor", None)
-    factors = getattr(rotary, "scaling_factors", [scaling] if scaling else [])
-    candidates = []
-    for argument in (rotary.base, *factors):
-        frequencies = rotary._compute_inv_freq(argument).to(torch.float64)
-        candidates += [frequencies, *(frequencies / factor for factor in factors)]
-    return candidates
 
 
 def explains(table: Tensor, frequencies: Tensor, amplitude: float) -> bool:
@@ -212,46 +171,3 @@ class StepRotations(ABC):
     @abstractmethod
     def set_rows(self, rows: Tensor) -> None:
         """Let ``rotary`` return ``rows`` for the batch's tokens, in their order."""
-
-
-class VllmRotations(StepRotations):
-    """Serves one of vLLM's rotary modules, which rotates by a cos/sin table.
-
-    Owns a copy of the module: vLLM shares one among all engines of a process.
-
-    Attributes:
-        rotary: the copy, with a table of the step's rows.
-    """
-
-    def __init__(
-        self, rotary: RotaryEmbeddingBase, capacity: int, max_tokens: int
-    ) -> None:
-        """Copy ``rotary`` and replace the copy's table and look-up.
-
-        Args:
-            rotary: a rotary module of the loaded model.
-            capacity: ``C = S + R``.
-            max_tokens: the most tokens of a step, padding included.
-        """
-        geometry = read_geometry(rotary)
-        self.trained = rotary.cos_sin_cache
-        device = self.trained.device
-        super().__init__(geometry, len(self.trained), capacity, max_tokens, device)
-        self.rotary = copy.deepcopy(rotary)
-        self.rotary.cos_sin_cache = self.trained.new_zeros(self.sink_rotation.shape)
-        look_up = self.rotary._forward_method
-        batch_rows = torch.arange(max_tokens, device=device)
-
-        def rotate(positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return look_up(batch_rows[: positions.shape[0]], *args, **kwargs)
-
-        self.rotary._forward_method = rotate
-
-    def trained_rows(self, positions: Tensor) -> Tensor:
-        """Rows of vLLM's table."""
-        return self.trained.index_select(0, positions)
-
-    def set_rows(self, rows: Tensor) -> None:
-        """Set the copy's table."""
-        # Looked up each time: vLLM replaces the table when it casts it.
-        self.rotary.cos_sin_cache[: len(rows)].copy_(rows)

@@ -98,7 +98,10 @@ class TransformersRotations(StepRotations):
             max_tokens,
             device,
         )
-        self.rotary = BatchRows(max_tokens, cos.shape[-1], device)
+        half = torch.empty(0, dtype=torch.bfloat16, device=device)
+        position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        casts = rotary(half, position_ids=position)[0].dtype == torch.bfloat16
+        self.rotary = BatchRows(max_tokens, cos.shape[-1], casts, device)
 
     def call(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The module's float32 cos and sin, ``[num_tokens, width]`` each."""
@@ -121,20 +124,27 @@ class TransformersRotations(StepRotations):
 
 
 class BatchRows(nn.Module):
-    """Returns prepared cos and sin for the tokens of the batch, in their order."""
+    """Returns prepared cos and sin for the tokens of the batch, in their order.
+
+    Attributes:
+        casts: returns them in the hidden states' dtype, not in float32.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, max_tokens: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, max_tokens: int, width: int, casts: bool, device: torch.device
+    ) -> None:
         """Float32 rows for up to ``max_tokens`` tokens."""
         super().__init__()
+        self.casts = casts
         for name in ("cos", "sin"):
             rows = torch.zeros(max_tokens, width, dtype=torch.float32, device=device)
             self.register_buffer(name, rows, persistent=False)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of ``x``'s dtype, ``[1, num_tokens, width]`` each."""
+        """Rows of the batch, ``[1, num_tokens, width]`` each."""
         num_tokens = position_ids.shape[-1]
         cos, sin = self.cos[None, :num_tokens], self.sin[None, :num_tokens]
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return (cos.to(x.dtype), sin.to(x.dtype)) if self.casts else (cos, sin)

@@ -80,6 +80,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2Config", {}),
     "Qwen3": ("Qwen3Config", {}),
     "Phi-3": ("Phi3Config", {"sliding_window": None}),
+    "Phi-3 (longrope, short)": (
+        "Phi3Config",
+        {"sliding_window": None, "max_position_embeddings": 4 * TRAINED}
+        | {"original_max_position_embeddings": TRAINED}
+        | rope(
+            "longrope",
+            short_factor=[1.0 + k / 16 for k in range(16)],
+            long_factor=[2.0 + k for k in range(16)],
+            original_max_position_embeddings=TRAINED,
+        ),
+    ),
     "Cohere": ("CohereConfig", {"logit_scale": 1.0, "tie_word_embeddings": True}),
     "GLM-4": (
         "Glm4Config",

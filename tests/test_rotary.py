@@ -12,12 +12,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from sink_paged.attention.reference import rotate
 from sink_paged.config import MAX_STREAM_TOKENS
-from sink_paged.rotary import (
-    RotationTables,
-    UnsupportedLayerError,
-    VllmRotations,
-    read_geometry,
-)
+from sink_paged.rotary import RotationTables, UnsupportedLayerError
+from sink_paged.vllm_rotary import VllmRotations, read_geometry
 
 TRAINED = 512
 CAPACITY = 300

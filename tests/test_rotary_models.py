@@ -20,6 +20,7 @@ GREEDY_TOKENS = {
     "Qwen2": SHORT,
     "Qwen3": SHORT,
     "Phi-3": SHORT,
+    "Phi-3 (longrope, short)": SHORT,
     "Cohere": SHORT,
     "GLM-4": SHORT,
     "StableLM": SHORT,
