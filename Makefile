@@ -69,7 +69,7 @@ endef
 export CHECK_PYTHON CHECK_INSTALL
 
 .DEFAULT_GOAL := help
-.PHONY: install serve test demo lint clean help check-python check-compiler
+.PHONY: install serve test support demo lint clean help check-python check-compiler
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' \
@@ -118,6 +118,10 @@ test: install  ## run every test, then the lint
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+support: install  ## run the model families' tests; write the README's support table
+	SINK_PAGED_RECORD=1 $(BIN)/python -m pytest -m family
+	$(BIN)/python -m tests.support
 
 demo: install  ## what sink eviction does, measured on the bundled model
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py $(ARGS)

@@ -81,15 +81,18 @@ def _check_settings(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
     attention = vllm_config.attention_config
     text_config = model.hf_text_config
+    name = model.architecture
     refused: dict[str, Any] = {
         f"platform {current_platform.device_type}: this release has an attention "
         "kernel for CPU only": not current_platform.is_cpu(),
         "pooling models: they read their text once": model.runner_type != "generate",
-        "encoder-decoder models": model.is_encoder_decoder,
-        "models with recurrent (Mamba or linear attention) layers": (
+        f"encoder-decoder models, as {name} is": model.is_encoder_decoder,
+        f"recurrent (Mamba or linear attention) layers, as {name} has": (
             model.is_hybrid or model.is_attention_free
         ),
-        "multi-head latent attention (MLA)": model.use_mla,
+        f"multi-head latent attention (MLA), as the layers of {name} have": (
+            model.use_mla
+        ),
         "M-RoPE positions (multimodal models)": model.uses_mrope,
         "attention whose scale depends on the text position": bool(
             getattr(text_config, "attn_temperature_tuning", False)

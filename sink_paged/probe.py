@@ -71,9 +71,8 @@ def prove_rotations(
         if not fitting:
             raise UnsupportedLayerError(
                 f"sink eviction does not support layer {name} "
-                f"({type(layer).__name__}): its queries and keys do not depend on "
-                "the text position by the rotation that its rotary module describes "
-                "alone"
+                f"({type(layer).__name__}): its queries and keys depend on the "
+                "text position otherwise than by the rotation of its rotary module"
             )
     for step, fitting in styles.items():
         step.geometry = dataclasses.replace(

@@ -73,11 +73,11 @@ class SinkCPUWorker(CPUWorker):
                     f"{type(spec).__name__}, not one of keys and values"
                 )
             specs[name] = SinkWindowSpec.from_attention(spec, layers[name].impl.window)
-        pages = {spec.page_size_bytes: name for name, spec in specs.items()}
-        if len(pages) > 1:
+        shapes = {(s.num_kv_heads, s.head_size): name for name, s in specs.items()}
+        if len(shapes) > 1:
             raise UnsupportedLayerError(
-                "sink eviction does not support layers whose KV cache pages differ in "
-                f"size, as those of {' and '.join(pages.values())} do"
+                "sink eviction does not support layers whose KV caches differ in heads "
+                f"or head size, as those of {' and '.join(shapes.values())} do"
             )
         windows = {str(spec.blocks.window): name for name, spec in specs.items()}
         scheduler = self.vllm_config.scheduler_config

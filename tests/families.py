@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -40,6 +40,11 @@ def rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": THETA | {"rope_type": kind} | parameters}
 
 
+def part(factor: float) -> dict[str, Any]:
+    """Changes of a config: rotary positions on a part of each head."""
+    return {"rope_parameters": THETA | {"partial_rotary_factor": factor}}
+
+
 LLAMA3 = rope(
     "llama3",
     rope_theta=500000.0,
@@ -58,29 +63,59 @@ ALTERNATING = {
     "layer_types": [SLIDES, "full_attention"],
     "sliding_window": 24,
 }
-SLIDING = "Mistral 7B v0.1 (sliding)"
+MIXED = "Gemma 3, 3 sliding : 2 global"
+"""Unequal groups of layers."""
+SLIDING = "Mistral 7B v0.1"
 """Every layer has a window of its own, so the sinks join it."""
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama (MHA)": ("LlamaConfig", {"num_key_value_heads": 4}),
-    "Llama (GQA)": ("LlamaConfig", {}),
-    "Llama 3 (llama3 scaling)": ("LlamaConfig", LLAMA3),
-    "Llama (linear scaling)": ("LlamaConfig", rope("linear", factor=4.0)),
-    "Llama (YaRN)": ("LlamaConfig", rope("yarn", **YARN_64)),
-    "Yi": ("LlamaConfig", rope("default", rope_theta=5e6)),
-    "Pythia / GPT-NeoX": (
-        "GPTNeoXConfig",
-        {
-            "num_key_value_heads": 4,
-            "rope_parameters": THETA | {"partial_rotary_factor": 0.25},
-        },
+FULL = "rotary"
+SCALED = "rotary, {} scaling"
+PART = "rotary of a part of each head"
+SINKS = "sinks + window"
+NATIVE = f"rotary; global layers {SINKS}, sliding layers their own window"
+
+
+class Family(NamedTuple):
+    """How a family's tiny model is made.
+
+    Attributes:
+        scheme: its positions, in a few words.
+        config: name of its config class.
+        changes: of the config against ``SIZES``.
+    """
+
+    scheme: str
+    config: str
+    changes: dict[str, Any]
+
+
+FAMILIES = {
+    "Llama (MHA)": Family(FULL, "LlamaConfig", {"num_key_value_heads": 4}),
+    "Llama (GQA)": Family(FULL, "LlamaConfig", {}),
+    "Llama 3": Family(SCALED.format("llama3"), "LlamaConfig", LLAMA3),
+    "Llama, linear scaling": Family(
+        SCALED.format("linear"), "LlamaConfig", rope("linear", factor=4.0)
     ),
-    "Mistral": ("MistralConfig", {"sliding_window": None}),
-    SLIDING: ("MistralConfig", {"sliding_window": 64}),
-    "Qwen2": ("Qwen2Config", {}),
-    "Qwen3": ("Qwen3Config", {}),
-    "Phi-3": ("Phi3Config", {"sliding_window": None}),
-    "Phi-3 (longrope, short)": (
+    "Llama, YaRN": Family(
+        SCALED.format("YaRN") + " with its attention factor",
+        "LlamaConfig",
+        rope("yarn", **YARN_64),
+    ),
+    "Yi": Family(FULL, "LlamaConfig", rope("default", rope_theta=5e6)),
+    "Pythia, GPT-NeoX": Family(
+        PART, "GPTNeoXConfig", {"num_key_value_heads": 4} | part(0.25)
+    ),
+    "Mistral": Family(FULL, "MistralConfig", {"sliding_window": None}),
+    SLIDING: Family(
+        f"rotary; {SINKS} within the window that every layer has",
+        "MistralConfig",
+        {"sliding_window": 64},
+    ),
+    "Qwen2": Family(FULL, "Qwen2Config", {}),
+    "Qwen3": Family(FULL, "Qwen3Config", {}),
+    "Phi-3": Family(FULL, "Phi3Config", {"sliding_window": None}),
+    "Phi-3 long context": Family(
+        "rotary, longrope up to its switch",
         "Phi3Config",
         {"sliding_window": None, "max_position_embeddings": 4 * TRAINED}
         | {"original_max_position_embeddings": TRAINED}
@@ -91,36 +126,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             original_max_position_embeddings=TRAINED,
         ),
     ),
-    "Cohere": ("CohereConfig", {"logit_scale": 1.0, "tie_word_embeddings": True}),
-    "GLM-4": (
-        "Glm4Config",
-        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+    "Cohere": Family(
+        "rotary, interleaved (GPT-J style)",
+        "CohereConfig",
+        {"logit_scale": 1.0, "tie_word_embeddings": True},
     ),
-    "StableLM": (
-        "StableLmConfig",
-        {"rope_parameters": THETA | {"partial_rotary_factor": 0.25}},
-    ),
-    "Phi-2": (
-        "PhiConfig",
-        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
-    ),
-    "GLM-4 9B (HF)": (
-        "GlmConfig",
-        {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
-    ),
-    "OLMo 2": ("Olmo2Config", {}),
-    "StarCoder2": ("Starcoder2Config", {}),
-    "Gemma 2": (
+    "GLM-4-0414": Family(f"{PART}, interleaved", "Glm4Config", part(0.5)),
+    "GLM-4-9B": Family(f"{PART}, interleaved", "GlmConfig", part(0.5)),
+    "StableLM": Family(PART, "StableLmConfig", part(0.25)),
+    "Phi-1, Phi-2": Family(PART, "PhiConfig", part(0.5)),
+    "OLMo 2": Family(FULL, "Olmo2Config", {}),
+    "StarCoder2": Family(FULL, "Starcoder2Config", {}),
+    "Gemma 2": Family(
+        NATIVE,
         "Gemma2Config",
         ALTERNATING
         | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0}
         | {"tie_word_embeddings": True},
     ),
-    "Gemma 3": (
+    "Gemma 3": Family(
+        NATIVE,
         "Gemma3TextConfig",
         ALTERNATING | {"query_pre_attn_scalar": 32, "rope_parameters": GEMMA3},
     ),
-    "Gemma 3 (3 sliding : 2 global)": (
+    MIXED: Family(
+        NATIVE,
         "Gemma3TextConfig",
         {
             "query_pre_attn_scalar": 32,
@@ -130,21 +160,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 40,
         },
     ),
-    "gpt-oss": (
+    "gpt-oss": Family(
+        NATIVE + ", learned sink logits",
         "GptOssConfig",
         ALTERNATING
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}
         | rope("yarn", **YARN_64, beta_fast=32.0, beta_slow=1.0, truncate=False),
     ),
 }
-"""Config class and changes against ``SIZES``."""
 
 
-def make_config(family: str, **changes: Any) -> PreTrainedConfig:
+def make_config(family: str) -> PreTrainedConfig:
     """The config of a family's tiny model."""
-    name, differences = FAMILIES[family]
-    config: PreTrainedConfig = getattr(transformers, name)(
-        **(SIZES | differences | changes)
+    made = FAMILIES[family]
+    config: PreTrainedConfig = getattr(transformers, made.config)(
+        **(SIZES | made.changes)
     )
     return config
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import vllm
-from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -273,3 +279,41 @@ def test_too_little_memory_is_refused_in_terms_of_a_stream() -> None:
         engine(GOLDEN, (4, 60), **options),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_model_len", "sliding", "window"),
+    [
+        ({}, 256, None, 251),
+        ({}, 256, 64, 63),
+        ({}, 40, 64, 35),
+        ({"sink_tokens": 0}, 64, 64, 63),
+        ({"window_tokens": 63}, 256, 64, 63),
+        ({"window_tokens": 7}, 256, 64, 7),
+    ],
+)
+def test_window_of_a_model_whose_every_layer_slides(
+    settings: dict[str, int], max_model_len: int, sliding: int | None, window: int
+) -> None:
+    """The smaller of what is resident and what the layers were trained to see."""
+    config = SinkConfig(**settings)
+    assert config.resolve(max_model_len, sliding).window_tokens == window
+
+
+def test_a_window_beyond_the_native_one_is_refused(tmp_path: Path) -> None:
+    mistral = MistralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        sliding_window=64,
+        architectures=["MistralForCausalLM"],
+    )
+    mistral.save_pretrained(tmp_path)
+    model = {"model": str(tmp_path)}
+    assert stream_of(make_config({}, **model)).window == SinkWindow(4, 63)
+    with pytest.raises(
+        ValueError, match=r"sliding window of 64 tokens.*in \[1, 63\], got 64"
+    ):
+        make_config({"window_tokens": 64}, **model)

@@ -20,15 +20,13 @@ from tests.engines import (
     prompt_losses,
     worst,
 )
-from tests.families import SLIDING, make_model, text
+from tests.families import MIXED, SLIDING, make_model, text
 from tests.oracle import stream_losses
 from tests.oracle_hf import StreamingModel
 
 SINKS = (4, 60)
 BLOCK_SIZE = 16
 MAX_BATCHED = 512
-MIXED = "Gemma 3 (3 sliding : 2 global)"
-"""Two layers a group: one of global layers, and two of sliding ones, one padded."""
 TEXT = text(500)
 READ = greedy(1, prompt_logprobs=0)
 TOLERANCE = 1e-4
@@ -168,6 +166,7 @@ def test_one_kind_of_group_for_all_layers_is_refused(model: Path) -> None:
         pass
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("family", ["Gemma 2", "Gemma 3", "gpt-oss"])
 def test_global_layers_stream_and_sliding_layers_slide(
     family: str, tmp_path: Path
@@ -175,5 +174,9 @@ def test_global_layers_stream_and_sliding_layers_slide(
     check_family(family, tmp_path, SINKS, 60)
 
 
-def test_sinks_join_the_window_that_every_layer_has(tmp_path: Path) -> None:
-    check_family(SLIDING, tmp_path, (4, 59), 60, keep_native=False)
+@pytest.mark.family
+@pytest.mark.parametrize("family", [SLIDING])
+def test_sinks_join_the_window_that_every_layer_has(
+    family: str, tmp_path: Path
+) -> None:
+    check_family(family, tmp_path, (4, 59), 60, keep_native=False)

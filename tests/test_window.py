@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sink_paged.window import BlockWindow, SinkWindow
+from sink_paged.window import BlockWindow, SinkWindow, layer_window
 
 windows = st.builds(SinkWindow, st.integers(0, 40), st.integers(1, 80))
 policies = st.builds(BlockWindow, windows, st.integers(1, 48))
@@ -84,3 +84,12 @@ def test_longest_hit_is_the_longest_resumable_prefix(
 
     best = max(hit for hit in range(len(cached) + 1) if resumable(hit))
     assert policy.longest_hit(len(cached), cached.__getitem__, align) == best
+
+
+def test_what_a_layer_keeps() -> None:
+    """A native window counts the query; where all layers have it, the sinks join it."""
+    stream = SinkWindow(4, 60)
+    assert layer_window(stream, None, None) is stream
+    assert layer_window(stream, 64, 64) is stream
+    assert layer_window(stream, 24, None) == SinkWindow(0, 23)
+    assert layer_window(stream, 24, 64) == SinkWindow(0, 23)
