@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm import LLM
@@ -81,17 +82,28 @@ def forget(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("chunk", [16, 37, 1024])
-def test_prefill_chunks(llm: LLM, undisturbed: Undisturbed, chunk: int) -> None:
+def test_prefill_chunks(
+    llm: LLM,
+    undisturbed: Undisturbed,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     forget(llm)
     scheduler = core(llm).scheduler
-    assert scheduler.scheduler_config.long_prefill_token_threshold == 0
-    scheduler.scheduler_config.long_prefill_token_threshold = chunk
-    try:
-        read = generate(llm, [TEXT], READ)[0]
-        forget(llm)
-        written = continuation(llm, [TEXT])[0]
-    finally:
-        scheduler.scheduler_config.long_prefill_token_threshold = 0
+    chunks = []
+    schedule = scheduler.schedule
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        step = schedule(*args, **kwargs)
+        chunks.append(step.total_num_scheduled_tokens)
+        return step
+
+    monkeypatch.setattr(scheduler, "schedule", counted)
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", chunk)
+    read = generate(llm, [TEXT], READ)[0]
+    assert max(chunks) == min(chunk, len(TEXT))
+    forget(llm)
+    written = continuation(llm, [TEXT])[0]
     assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
     assert written == undisturbed.tokens
 
