@@ -51,6 +51,8 @@ def bind_rotations(
             if not isinstance(impl, SinkAttentionImpl):
                 raise UnsupportedLayerError(f"it runs on {type(impl).__name__}")
             impl.check_supported()
+            if impl.alibi_slopes is not None:
+                continue  # biased by distance; the proof finds one that rotates too
             owner, attribute, rotary = _nearest_rotary(model, name)
             if rotary not in rotations:
                 step = make_rotations(rotary, capacity, max_tokens)
@@ -63,10 +65,10 @@ def bind_rotations(
                 f"sink eviction does not support layer {name} "
                 f"({type(layer).__name__}): {error}"
             ) from None
-    if not rotations:
+    if not layers:
         raise UnsupportedLayerError(
             f"sink eviction does not support {type(model).__name__}: no attention "
-            "layer with rotary positions was found in it"
+            "layer was found in it"
         )
     steps = list(dict.fromkeys(rotations.values()))
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import vllm
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MistralConfig,
     OPTConfig,
     OPTForCausalLM,
@@ -250,14 +250,14 @@ def test_typed_config() -> None:
             "learned absolute",
         ),
         (
-            lambda: BloomForCausalLM(
-                BloomConfig(vocab_size=320, hidden_size=64, n_layer=1, n_head=2)
+            lambda: GPT2LMHeadModel(
+                GPT2Config(vocab_size=320, n_embd=64, n_layer=1, n_head=2)
             ),
-            r"layer transformer\.h\.0\.self_attention\.attn",
-            "ALiBi",
+            r"layer transformer\.h\.0\.attn\.attn",
+            "learned absolute",
         ),
     ],
-    ids=["learned-positions", "alibi"],
+    ids=["opt", "gpt2"],
 )  # fmt: skip
 def test_unsupported_layers_are_refused_by_name(
     tmp_path: Path, make: Any, layer: str, reason: str

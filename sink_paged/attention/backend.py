@@ -81,6 +81,7 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
 
     Attributes:
         window: what this layer keeps: the cache config, or its own sliding window.
+        alibi_slopes: float32 ``[num_heads]``; None for a layer without ALiBi.
         sink_logits: learned sink logits, float32 ``[num_heads]``, or None.
         rotations: rotations of the step's tokens, set once the model is loaded; None
             for a layer without rotary positions.
@@ -109,7 +110,11 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sliding_window = sliding_window
-        self.alibi_slopes = alibi_slopes
+        self.alibi_slopes = (
+            None
+            if alibi_slopes is None
+            else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.sink_logits: Tensor | None = None
@@ -132,7 +137,6 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
             f"it is {self.attn_type} attention, not decoder attention": (
                 self.attn_type != AttentionType.DECODER
             ),
-            "it uses ALiBi": self.alibi_slopes is not None,
             "it reads the KV cache of another layer": (
                 self.kv_sharing_target_layer_name is not None
             ),
@@ -190,6 +194,7 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
             window=self.window,
             scale=self.scale,
             interleaved=rotations is not None and rotations.geometry.interleaved,
+            alibi_slopes=self.alibi_slopes,
             soft_cap=self.soft_cap,
             sink_logits=self.sink_logits,
         )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Falcon and BLOOM through the real engine: multi-query, grouped, ALiBi."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+)
+
+from tests.engines import (
+    NEAR_TIE,
+    engine,
+    generate,
+    greedy,
+    prompt_losses,
+    worst,
+)
+from tests.oracle import stream_losses
+from tests.oracle_alibi import BloomOracle, FalconOracle
+
+SINKS = (4, 60)
+LOSS_TOLERANCE = 1e-3
+TRAINED = 256
+PROMPT = 50
+WRITTEN = 400
+IDS = [256, *(7919 * i * i % 251 for i in range(1, 400))]
+SHORT = IDS[:60]  # within the window, sinks still in it
+
+
+class Family(NamedTuple):
+    """A model of a family; ``oracle`` makes a fresh stream of it."""
+
+    make: Callable[[], nn.Module]
+    oracle: Callable[..., Any]
+
+
+def falcon(**changes: Any) -> FalconForCausalLM:
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TRAINED,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+    return FalconForCausalLM(FalconConfig(**(settings | changes)))
+
+
+def bloom() -> BloomForCausalLM:
+    model = BloomForCausalLM(
+        BloomConfig(
+            vocab_size=320,
+            hidden_size=192,
+            n_layer=2,
+            n_head=6,  # not a power of two: slopes of two series
+            seq_length=TRAINED,
+            initializer_range=0.15,
+        )
+    )
+    # Tied embeddings would else make it write one token for ever.
+    nn.init.constant_(model.transformer.word_embeddings_layernorm.weight, 0.1)
+    return model
+
+
+FAMILIES = {
+    "falcon-7b": Family(falcon, FalconOracle),
+    "falcon-40b": Family(
+        lambda: falcon(new_decoder_architecture=True, num_kv_heads=2), FalconOracle
+    ),
+    "falcon-rw": Family(
+        lambda: falcon(
+            alibi=True,
+            multi_query=False,
+            parallel_attn=False,
+            bias=True,
+            tie_word_embeddings=True,
+        ),
+        FalconOracle,
+    ),
+    "bloom": Family(bloom, BloomOracle),
+}
+
+
+def write(model: nn.Module, folder: Path, seed: int = 0) -> nn.Module:
+    """Save with biases and norms that are not what a fresh model has."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = model.float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def dense_losses(model: nn.Module, ids: list[int]) -> list[float]:
+    """Losses of Hugging Face's own forward pass over the whole text."""
+    scores: Tensor = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return [-float(scores[t, ids[t + 1]]) for t in range(len(ids) - 1)]
+
+
+def worst_regret(oracle: Any, prompt: list[int], tokens: list[int]) -> float:
+    """How far below the oracle's best choice a written token ever is, in nats."""
+    for token in prompt:
+        scores = oracle.step(token)
+    regret = 0.0
+    for token in tokens:
+        regret = max(regret, float(scores.max() - scores[token]))
+        scores = oracle.step(token)
+    return regret
+
+
+def test_oracles_are_hugging_face_within_the_window() -> None:
+    """Bias, rotation and layout of the oracles are those of the published models."""
+    for name, (make, oracle) in FAMILIES.items():
+        torch.manual_seed(0)
+        model = make().float().eval()
+        # vLLM's BLOOM computes the exact GELU, Hugging Face's its approximation.
+        options = {"approximate": "tanh"} if name == "bloom" else {}
+        stream = oracle(model, 4, TRAINED, **options)
+        ids = IDS[: TRAINED // 2]
+        assert worst(stream_losses(stream, ids), dense_losses(model, ids)) < 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path) -> None:
+    """Losses and 400 greedy tokens of the oracle; stock vLLM's within the window."""
+    torch.manual_seed(0)
+    make, oracle = FAMILIES[family]
+    model = write(make(), tmp_path)
+    losses = stream_losses(oracle(model, *SINKS), IDS)
+    with engine(tmp_path, SINKS) as llm:
+        read, short, written = generate(
+            llm,
+            [IDS, SHORT, IDS[:PROMPT]],
+            [
+                greedy(1, prompt_logprobs=0),
+                greedy(1, prompt_logprobs=0),
+                greedy(WRITTEN),
+            ],
+        )
+    assert worst(prompt_losses(read), losses) < LOSS_TOLERANCE
+    tokens = list(written.outputs[0].token_ids)
+    assert len(tokens) == WRITTEN
+    assert worst_regret(oracle(model, *SINKS), IDS[:PROMPT], tokens) < NEAR_TIE
+    with engine(tmp_path, None) as llm:
+        stock = generate(llm, [SHORT], greedy(1, prompt_logprobs=0))[0]
+    assert worst(prompt_losses(short), prompt_losses(stock)) < 1e-4
