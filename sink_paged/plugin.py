@@ -9,9 +9,10 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Register the cache spec and the attention backend, and install the patches.
+    """Register cache spec, attention backend and models; install the patches.
 
-    All of it stays inert until an engine's ``additional_config`` has ``sink_paged``.
+    All of it stays inert until an engine's ``additional_config`` has ``sink_paged``,
+    but the models that vLLM lacks: any engine may serve those.
 
     Raises:
         PatchError: when vLLM lacks a function that must be wrapped.
@@ -32,7 +33,7 @@ def register() -> None:
         register_backend,
     )
 
-    from sink_paged import kv_cache
+    from sink_paged import kv_cache, models
     from sink_paged.hooks import HOOKS
     from sink_paged.patching import find
 
@@ -42,4 +43,5 @@ def register() -> None:
     for patch in patches.ALL:
         patch.install()
     kv_cache.register()
+    models.register()
     register_backend(AttentionBackendEnum.CUSTOM, engine.BACKEND_PATH)
