@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         title="SinkEviction",
         description="Endless streams (StreamingLLM): --sink-eviction, --sink-tokens, "
-        "--sink-window. With --sink-eviction, --max-model-len bounds the tokens that a "
-        "stream keeps resident, not how long it may run.",
+        "--sink-window, --sink-token-id. With --sink-eviction, --max-model-len bounds "
+        "the tokens that a stream keeps resident, not how long it may run.",
     )
     group.add_argument(
         "--sink-eviction",
@@ -38,23 +38,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "by default the model's trained length, less --sink-tokens and 1). Needs "
         "--sink-eviction.",
     )
+    group.add_argument(
+        "--sink-token-id",
+        type=_integer_from(0),
+        default=None,
+        help="Token to put before every prompt that does not start with it, for models "
+        "trained with a dedicated sink token (with --sink-tokens 1). Clients do not "
+        "see it. Needs --sink-eviction.",
+    )
 
 
 def settings_from_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
     """What the flags say, or None without ``--sink-eviction``.
 
     Raises:
-        ValueError: for a size without ``--sink-eviction``.
+        ValueError: for another flag without ``--sink-eviction``.
     """
     given = {
         "sink_tokens": getattr(args, "sink_tokens", None),
         "window_tokens": getattr(args, "sink_window", None),
+        "sink_token_id": getattr(args, "sink_token_id", None),
     }
     settings = {name: value for name, value in given.items() if value is not None}
     if getattr(args, "sink_eviction", False):
         return settings
     if settings:
-        raise ValueError("--sink-tokens and --sink-window need --sink-eviction")
+        raise ValueError(
+            "--sink-tokens, --sink-window and --sink-token-id need --sink-eviction"
+        )
     return None
 
 

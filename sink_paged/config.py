@@ -29,6 +29,8 @@ class SinkConfig:
         sink_tokens: first tokens of the text that stay resident; 0 or more.
         window_tokens: recent tokens that stay resident, at least 1; ``None`` takes
             what ``--max-model-len`` leaves beside the sinks and the query.
+        sink_token_id: token that is put before every prompt that does not start with
+            it; ``None`` for none. Needs ``sink_tokens`` of at least 1.
 
     Raises:
         ValueError: naming the setting and its legal range.
@@ -36,12 +38,20 @@ class SinkConfig:
 
     sink_tokens: int = DEFAULT_SINK_TOKENS
     window_tokens: int | None = None
+    sink_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges that need no model."""
         _check_integer("sink_tokens", self.sink_tokens, 0)
         if self.window_tokens is not None:
             _check_integer("window_tokens", self.window_tokens, 1)
+        if self.sink_token_id is not None:
+            _check_integer("sink_token_id", self.sink_token_id, 0)
+            if self.sink_tokens < 1:
+                raise ValueError(
+                    "sink_token_id needs sink_tokens of at least 1, or the token "
+                    "would be evicted with the others"
+                )
 
     @classmethod
     def from_mapping(cls, settings: Any) -> Self:
@@ -112,10 +122,12 @@ class StreamConfig:
         resident_tokens: what the user's ``--max-model-len`` said, the bound on a
             stream's resident tokens. vLLM's own ``max_model_len`` is then the longest
             text, ``MAX_STREAM_TOKENS``.
+        sink_token_id: token put before every prompt; None for none.
     """
 
     window: SinkWindow
     resident_tokens: int
+    sink_token_id: int | None = None
 
     def store(self, additional_config: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of ``additional_config`` that carries this to vLLM's processes."""
@@ -123,6 +135,7 @@ class StreamConfig:
             self.window.sink_tokens,
             self.window.window_tokens,
             self.resident_tokens,
+            self.sink_token_id,
         ]
         return {**additional_config, RESOLVED_KEY: numbers}
 
@@ -134,8 +147,9 @@ class StreamConfig:
         numbers = additional_config.get(RESOLVED_KEY)
         if numbers is None:
             return None
-        sink_tokens, window_tokens, resident_tokens = numbers
-        return cls(SinkWindow(sink_tokens, window_tokens), resident_tokens)
+        sink_tokens, window_tokens, resident_tokens, sink_token_id = numbers
+        window = SinkWindow(sink_tokens, window_tokens)
+        return cls(window, resident_tokens, sink_token_id)
 
     def default_max_tokens(self, prompt_tokens: int) -> int:
         """Output tokens of a request that names no ``max_tokens``.

@@ -13,14 +13,12 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import (
     BaseIncrementalDetokenizer,
     FastIncrementalDetokenizer,
     SlowIncrementalDetokenizer,
 )
-from vllm.v1.engine.logprobs import LogprobsProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
 
 TEXT_CHARS = 4096
 """The string that vLLM appends to is cut back from twice this length to it."""
@@ -195,40 +193,8 @@ class SlowStreamDetokenizer(BoundedText, SlowIncrementalDetokenizer):
         return text
 
 
-class DeltaLogprobs(LogprobsProcessor):
-    """Forgets the log-probabilities that a client which receives deltas has."""
-
-    logprobs: Any
-    kept: int
-
-    def update_from_output(self, output: EngineCoreOutput) -> None:
-        """See ``LogprobsProcessor``."""
-        if self.logprobs is not None and len(self.logprobs) >= 2 * self.kept:
-            self.logprobs = self.logprobs[-self.kept :]
-        super().update_from_output(output)
-
-
-class StreamOutputProcessor(OutputProcessor):
-    """vLLM's output processor with the classes above."""
-
-    def add_request(
-        self, request: EngineCoreRequest, *args: Any, **kwargs: Any
-    ) -> None:
-        """See ``OutputProcessor``."""
-        super().add_request(request, *args, **kwargs)
-        state = self.request_states[request.request_id]
-        replacement = REPLACEMENTS.get(type(state.detokenizer))
-        if replacement is not None:
-            state.detokenizer = replacement(state.detokenizer, request)
-        if (
-            state.output_kind == RequestOutputKind.DELTA
-            and type(state.logprobs_processor) is LogprobsProcessor
-        ):
-            state.logprobs_processor.__class__ = DeltaLogprobs
-            state.logprobs_processor.kept = PENDING_TOKENS + state.stream_interval
-
-
 REPLACEMENTS: dict[type, Callable[[Any, EngineCoreRequest], BoundedText]] = {
     FastIncrementalDetokenizer: FastStreamDetokenizer,
     SlowIncrementalDetokenizer: SlowStreamDetokenizer,
 }
+"""Which of them stands in for which class of vLLM's."""

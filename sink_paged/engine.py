@@ -63,7 +63,8 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
             f"set --max-model-len to {trained} at most"
         )
     window = config.resolve(resident, vllm_config.cache_config.sliding_window)
-    stream = StreamConfig(window, resident)
+    _check_sink_token(vllm_config, config.sink_token_id)
+    stream = StreamConfig(window, resident, config.sink_token_id)
     vllm_config.additional_config = stream.store(vllm_config.additional_config)
     model_config.max_model_len = MAX_STREAM_TOKENS
     scheduler = vllm_config.scheduler_config
@@ -132,6 +133,33 @@ def _check_settings(vllm_config: VllmConfig) -> None:
     for setting, applies in refused.items():
         if applies:
             raise UnsupportedSettingError(f"sink eviction does not support {setting}")
+
+
+def _check_sink_token(vllm_config: VllmConfig, token: int | None) -> None:
+    """Refuse a dedicated sink token that the model or the engine cannot take."""
+    if token is None:
+        return
+    model = vllm_config.model_config
+    # vLLM moved the setting from the model's config to one of its own.
+    outputs = getattr(vllm_config, "aux_output_config", None) or model
+    vocabulary = model.get_vocab_size()
+    if token >= vocabulary:
+        raise UnsupportedSettingError(
+            f"sink_token_id={token} is not in the model's vocabulary: it must be in "
+            f"[0, {vocabulary - 1}]"
+        )
+    refused = {
+        "multimodal models": model.is_multimodal_model,
+        "--enable-return-routed-experts": getattr(
+            outputs, "enable_return_routed_experts", False
+        ),
+    }
+    for setting, applies in refused.items():
+        if applies:
+            raise UnsupportedSettingError(
+                f"sink_token_id does not work with {setting}: what is told by prompt "
+                "position would be one off"
+            )
 
 
 def _rope_type(text_config: Any) -> str:

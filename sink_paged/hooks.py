@@ -51,16 +51,31 @@ class EngineHooks:
         """Refuse a prompt that memory cannot hold; cap a request as stock would.
 
         vLLM gives a request that names no ``max_tokens`` what is left of
-        ``max_model_len``, which for a stream is no bound at all.
+        ``max_model_len``, which for a stream is no bound at all. Counts are those of
+        the client's prompt: a dedicated sink token is put before it last.
         """
         stream = StreamConfig.load(vllm_config.additional_config)
-        sampling = request.sampling_params
-        if stream is None or sampling is None:
+        if stream is None or request.sampling_params is None:
             return
+        self._check_size(vllm_config, stream, request)
+        if stream.sink_token_id is not None:
+            from sink_paged.sink_token import prepend
+
+            prepend(request, stream.sink_token_id)
+
+    def update_output_processor(self, vllm_config: Any, output_processor: Any) -> None:
+        """Give a streaming engine's front end its output processor."""
+        if StreamConfig.load(vllm_config.additional_config) is not None:
+            from sink_paged.output_processor import StreamOutputProcessor
+
+            output_processor.__class__ = StreamOutputProcessor
+
+    def _check_size(self, vllm_config: Any, stream: StreamConfig, request: Any) -> None:
         from vllm.exceptions import VLLMValidationError
 
         from sink_paged.host_memory import check_prompt_fits
 
+        sampling = request.sampling_params
         prompt_tokens = len(request.prompt_token_ids)
         vocab_size = vllm_config.model_config.get_vocab_size()
         check_prompt_fits(prompt_tokens, sampling, vocab_size)
@@ -74,13 +89,6 @@ class EngineHooks:
                 parameter="min_tokens",
                 value=sampling.min_tokens,
             )
-
-    def update_output_processor(self, vllm_config: Any, output_processor: Any) -> None:
-        """Let a streaming engine's front end detokenize at a constant cost."""
-        if StreamConfig.load(vllm_config.additional_config) is not None:
-            from sink_paged.detokenizer import StreamOutputProcessor
-
-            output_processor.__class__ = StreamOutputProcessor
 
 
 HOOKS = EngineHooks()

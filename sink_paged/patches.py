@@ -117,7 +117,8 @@ ALL = (
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         parameters=("self", "request_id", "prompt", "params"),
         wrapper=_process_inputs,
-        why="the default of max_tokens is the longest text, here without an end",
+        why="a plugin cannot see requests: the default of max_tokens is the longest "
+        "text, here without an end, and a sink token goes before the prompt",
         upstream=ENGINE_HOOKS,
     ),
     Patch(

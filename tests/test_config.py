@@ -143,6 +143,7 @@ def test_flags_fill_the_config() -> None:
         ("--sink-eviction", "--sink-tokens", "four"),
         ("--sink-eviction", "--sink-tokens", "1.5"),
         ("--sink-eviction", "--sink-window", "0"),
+        ("--sink-eviction", "--sink-token-id", "-1"),
     ],
 )
 def test_bad_flags_are_refused_by_the_parser(

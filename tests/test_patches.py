@@ -127,12 +127,21 @@ assert config.model_config.max_model_len == 2**31 - 1
 assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[2], skip_tokenizer_init=True, enforce_eager=True,
-          kv_cache_memory_bytes=1 << 27, additional_config={"sink_paged": {}})
+          kv_cache_memory_bytes=1 << 27,
+          additional_config={"sink_paged": {"sink_token_id": 7}})
 prompt = {"prompt_token_ids": [256] + [5] * 299}
 for max_tokens, expected in ((3, 3), (None, 255)):
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-    output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
-    assert len(output.token_ids) == expected, len(output.token_ids)
+    output = llm.generate(prompt, params, use_tqdm=False)[0]
+    assert output.prompt_token_ids == prompt["prompt_token_ids"]
+    assert len(output.outputs[0].token_ids) == expected, output
+prompt["prompt_token_ids"] = [7, 5]
+params = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=0)
+given = llm.generate(prompt, params, use_tqdm=False)[0].prompt_logprobs
+prompt["prompt_token_ids"] = [5, 5]
+added = llm.generate(prompt, params, use_tqdm=False)[0].prompt_logprobs
+assert [len(x or ()) for x in given] == [len(x or ()) for x in added] == [0, 1]
+assert given != added
 print("works unpatched")
 """
 
@@ -154,7 +163,8 @@ def test_diffs_replace_the_patches(tmp_path: Path) -> None:
             cached.unlink()
         subprocess.run(["git", "apply", "-p1", diff], cwd=tmp_path, check=True)
     model = Path(__file__).parent / "data" / "llama_mha"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join([str(tmp_path), str(PATCHES.parent)])
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", CHECK, tmp_path, model],
         cwd=tmp_path,

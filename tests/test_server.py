@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -18,56 +14,18 @@ import httpx
 import openai
 import pytest
 
-ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "models" / "pocket"
+from tests.servers import MODEL, running_server
+
 RESIDENT = 256
-START_UP = 240.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server's base URL; vLLM's defaults: compiled, cached, own processes."""
-    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
-    } | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    flags = (
-        f"--port {port} --sink-eviction --max-model-len {RESIDENT} "
-        "--enable-prompt-tokens-details"
-    )
-    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, *flags.split()]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_UP
-        while not is_healthy(url):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(1)
+    flags = f"--max-model-len {RESIDENT} --enable-prompt-tokens-details"
+    with running_server(log, flags) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve --sink-eviction`` on the bundled model, as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+MODEL = Path(__file__).parents[1] / "models" / "pocket"
+START_UP = 240.0
+
+
+@contextmanager
+def running_server(log: Path, flags: str) -> Iterator[str]:
+    """The base URL of a server with these flags that answers; its output is ``log``."""
+    port = free_port()
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    } | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    flags = f"--port {port} --sink-eviction {flags}"
+    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, *flags.split()]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_UP
+        while not is_healthy(url):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def is_healthy(url: str) -> bool:
+    """Whether the server is up and ready."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
