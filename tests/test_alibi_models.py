@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -17,24 +17,17 @@ from transformers import (
     FalconForCausalLM,
 )
 
-from tests.engines import (
-    NEAR_TIE,
-    engine,
-    generate,
-    greedy,
-    prompt_losses,
-    worst,
-)
+from tests.engines import worst
 from tests.oracle import stream_losses
 from tests.oracle_alibi import BloomOracle, FalconOracle
-
-SINKS = (4, 60)
-LOSS_TOLERANCE = 1e-3
-TRAINED = 256
-PROMPT = 50
-WRITTEN = 400
-IDS = [256, *(7919 * i * i % 251 for i in range(1, 400))]
-SHORT = IDS[:60]  # within the window, sinks still in it
+from tests.stream_checks import (
+    IDS,
+    SINKS,
+    TRAINED,
+    check_stream,
+    dense_losses,
+    stock_losses,
+)
 
 
 class Family(NamedTuple):
@@ -106,24 +99,6 @@ def write(model: nn.Module, folder: Path, seed: int = 0) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def dense_losses(model: nn.Module, ids: list[int]) -> list[float]:
-    """Losses of Hugging Face's own forward pass over the whole text."""
-    scores: Tensor = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return [-float(scores[t, ids[t + 1]]) for t in range(len(ids) - 1)]
-
-
-def worst_regret(oracle: Any, prompt: list[int], tokens: list[int]) -> float:
-    """How far below the oracle's best choice a written token ever is, in nats."""
-    for token in prompt:
-        scores = oracle.step(token)
-    regret = 0.0
-    for token in tokens:
-        regret = max(regret, float(scores.max() - scores[token]))
-        scores = oracle.step(token)
-    return regret
-
-
 def test_oracles_are_hugging_face_within_the_window() -> None:
     """Bias, rotation and layout of the oracles are those of the published models."""
     for name, (make, oracle) in FAMILIES.items():
@@ -142,21 +117,5 @@ def test_family(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make, oracle = FAMILIES[family]
     model = write(make(), tmp_path)
-    losses = stream_losses(oracle(model, *SINKS), IDS)
-    with engine(tmp_path, SINKS) as llm:
-        read, short, written = generate(
-            llm,
-            [IDS, SHORT, IDS[:PROMPT]],
-            [
-                greedy(1, prompt_logprobs=0),
-                greedy(1, prompt_logprobs=0),
-                greedy(WRITTEN),
-            ],
-        )
-    assert worst(prompt_losses(read), losses) < LOSS_TOLERANCE
-    tokens = list(written.outputs[0].token_ids)
-    assert len(tokens) == WRITTEN
-    assert worst_regret(oracle(model, *SINKS), IDS[:PROMPT], tokens) < NEAR_TIE
-    with engine(tmp_path, None) as llm:
-        stock = generate(llm, [SHORT], greedy(1, prompt_logprobs=0))[0]
-    assert worst(prompt_losses(short), prompt_losses(stock)) < 1e-4
+    short = check_stream(tmp_path, lambda: oracle(model, *SINKS))
+    assert worst(short, stock_losses(tmp_path)) < 1e-4

@@ -10,25 +10,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, MptForCausalLM
 from transformers import MptConfig as HuggingFaceConfig
-from transformers import MptForCausalLM
 from vllm import ModelRegistry
 
 from sink_paged import models
 from sink_paged.models.mpt_config import MptConfig
-from tests.engines import NEAR_TIE, engine, generate, greedy, prompt_losses, worst
+from tests.engines import engine, worst
 from tests.oracle import stream_losses
 from tests.oracle_mpt import MptOracle
-from tests.test_alibi_models import (
+from tests.stream_checks import (
     IDS,
     LOSS_TOLERANCE,
-    PROMPT,
     SHORT,
     SINKS,
     TRAINED,
-    WRITTEN,
+    check_stream,
     dense_losses,
-    worst_regret,
+    stock_losses,
 )
 
 ORIGINAL: dict[str, Any] = {
@@ -152,35 +151,18 @@ def write_hugging_face(folder: Path) -> MptForCausalLM:
     return model
 
 
-def check(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> Any:
-    """Losses and 400 greedy tokens of the oracle; returns the short text's losses."""
-    losses = stream_losses(MptOracle(weights, config, *SINKS), IDS)
-    with engine(folder, SINKS) as llm:
-        read, short, written = generate(
-            llm,
-            [IDS, SHORT, IDS[:PROMPT]],
-            [
-                greedy(1, prompt_logprobs=0),
-                greedy(1, prompt_logprobs=0),
-                greedy(WRITTEN),
-            ],
-        )
-    assert worst(prompt_losses(read), losses) < LOSS_TOLERANCE
-    tokens = list(written.outputs[0].token_ids)
-    assert len(tokens) == WRITTEN
-    oracle = MptOracle(weights, config, *SINKS)
-    assert worst_regret(oracle, IDS[:PROMPT], tokens) < NEAR_TIE
-    return prompt_losses(short)
-
-
 def test_hugging_face_layout(tmp_path: Path) -> None:
     """Within the window the losses are those of Hugging Face's own class."""
     model = write_hugging_face(tmp_path)
     config = model.config.to_dict()
     weights = model.state_dict()
     assert abs(weights["transformer.blocks.0.attn.Wqkv.weight"]).max() > 0.3
-    short = check(tmp_path, weights, config)
+    short = check_stream(tmp_path, lambda: MptOracle(weights, config, *SINKS))
     assert worst(short, dense_losses(model, SHORT)) < 1e-4
+    # Hugging Face goes on working with the config class that vLLM was given.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.config, MptConfig)
+    assert dense_losses(loaded, SHORT) == dense_losses(model, SHORT)
     wide = MptOracle(weights, config, 4, TRAINED)
     ids = IDS[: TRAINED // 2]
     assert worst(stream_losses(wide, ids), dense_losses(model, ids)) < 1e-4
@@ -192,10 +174,8 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
 def test_original_layout(config: dict[str, Any], tmp_path: Path) -> None:
     """Within the window the model has the same losses on vLLM's own attention."""
     weights = write_original(config, tmp_path)
-    short = check(tmp_path, weights, config)
-    with engine(tmp_path, None) as llm:
-        stock = generate(llm, [SHORT], greedy(1, prompt_logprobs=0))[0]
-    assert worst(short, prompt_losses(stock)) < 1e-4
+    short = check_stream(tmp_path, lambda: MptOracle(weights, config, *SINKS))
+    assert worst(short, stock_losses(tmp_path)) < 1e-4
 
 
 OPTIONS = {

@@ -71,8 +71,8 @@ class MPTAttention(nn.Module):
         )
         heads, kv_heads = self.Wqkv.num_heads, self.Wqkv.num_kv_heads
         self.sizes = [heads * head_size, kv_heads * head_size, kv_heads * head_size]
-        self.clip_qkv = settings.get("clip_qkv") or None
-        self.qk_ln = bool(settings.get("qk_ln"))
+        self.clip_qkv = settings.clip_qkv or None
+        self.qk_ln = bool(settings.qk_ln)
         if self.qk_ln:
             if ranks > 1:
                 raise ValueError(
@@ -82,11 +82,11 @@ class MPTAttention(nn.Module):
             self.q_ln = _norm(config, self.sizes[0])
             self.k_ln = _norm(config, self.sizes[1])
         first = get_tensor_model_parallel_rank() * heads
-        slopes = alibi_slopes(config.n_heads, settings.get("alibi_bias_max", 8))
+        slopes = alibi_slopes(config.n_heads, settings.alibi_bias_max)
         self.attn = Attention(
             heads,
             head_size,
-            settings.get("softmax_scale") or head_size**-0.5,
+            settings.softmax_scale or head_size**-0.5,
             num_kv_heads=kv_heads,
             alibi_slopes=slopes[first : first + heads],
             cache_config=cache_config,

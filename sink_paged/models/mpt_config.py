@@ -10,15 +10,48 @@ from transformers import PretrainedConfig
 NORM_TYPES = ("low_precision_layernorm", "layernorm")
 
 
+class MptAttentionConfig(PretrainedConfig):
+    """Settings of an MPT's attention, of any type that a checkpoint gives them."""
+
+    base_config_key = "attn_config"
+
+    def __init__(
+        self,
+        attn_type: str = "multihead_attention",
+        attn_pdrop: float = 0.0,
+        clip_qkv: float | None = None,
+        softmax_scale: float | None = None,
+        prefix_lm: bool = False,
+        qk_ln: bool = False,
+        alibi: bool = False,
+        alibi_bias_max: float = 8,
+        kv_n_heads: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See the entries of ``attn_config`` in a checkpoint's ``config.json``."""
+        self.attn_type = attn_type
+        self.attn_pdrop = attn_pdrop
+        self.clip_qkv = clip_qkv
+        self.softmax_scale = softmax_scale
+        self.prefix_lm = prefix_lm
+        self.qk_ln = qk_ln
+        self.alibi = alibi
+        self.alibi_bias_max = alibi_bias_max
+        self.kv_n_heads = kv_n_heads
+        super().__init__(**kwargs)
+
+
 class MptConfig(PretrainedConfig):
     """Settings of an MPT model; both layouts have the same names.
 
-    ``attn_config`` stays a mapping. What a checkpoint leaves out has the default of
-    the layout's own code: MosaicML's, but for the class that writes Hugging Face's,
-    which has no biases whatever ``no_bias`` says.
+    What a checkpoint leaves out has the default of the layout's own code: MosaicML's
+    has biases and no ALiBi unless told otherwise, Hugging Face's has it the other way
+    round. The class has the name of Transformers' own, which finds its MPT classes by
+    it.
     """
 
     model_type = "mpt"
+    sub_configs: ClassVar[dict[str, type]] = {"attn_config": MptAttentionConfig}
     attribute_map: ClassVar[dict[str, str]] = {
         "num_attention_heads": "n_heads",
         "hidden_size": "d_model",
@@ -33,40 +66,46 @@ class MptConfig(PretrainedConfig):
         expansion_ratio: float = 4,
         max_seq_len: int = 2048,
         vocab_size: int = 50368,
-        attn_config: dict[str, Any] | None = None,
+        attn_config: dict[str, Any] | MptAttentionConfig | None = None,
         ffn_config: dict[str, Any] | None = None,
         logit_scale: float | str | None = None,
         no_bias: bool | None = None,
         norm_type: str = "low_precision_layernorm",
         layer_norm_epsilon: float = 1e-5,
         tie_word_embeddings: bool = True,
+        use_cache: bool = False,
+        initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
         """See the attributes of the same names in a checkpoint's ``config.json``."""
+        by_hugging_face = "MptForCausalLM" in (kwargs.get("architectures") or ())
         self.d_model = d_model
         self.n_heads = n_heads
         self.n_layers = n_layers
         self.expansion_ratio = expansion_ratio
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
-        self.attn_config = dict(attn_config or {})
         self.ffn_config = dict(ffn_config or {})
         self.logit_scale = logit_scale
-        by_hugging_face = "MptForCausalLM" in (kwargs.get("architectures") or ())
         self.no_bias = by_hugging_face if no_bias is None else no_bias
+        if not isinstance(attn_config, MptAttentionConfig):
+            settings = {"alibi": by_hugging_face, **(attn_config or {})}
+            attn_config = MptAttentionConfig(**settings)
+        self.attn_config = attn_config
         self.norm_type = norm_type
         self.layer_norm_epsilon = layer_norm_epsilon
-        # Hugging Face's code has ALiBi unless told otherwise, MosaicML's has not.
-        self.attn_config.setdefault("alibi", by_hugging_face)
+        # Read by Hugging Face's own MPT classes alone.
+        self.use_cache = use_cache
+        self.initializer_range = initializer_range
         self.num_key_value_heads = self._kv_heads()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def _kv_heads(self) -> int:
-        kind = self.attn_config.get("attn_type", "multihead_attention")
+        kind = self.attn_config.attn_type
         if kind == "multiquery_attention":
             return 1
         if kind == "grouped_query_attention":
-            return int(self.attn_config.get("kv_n_heads", self.n_heads))
+            return self.attn_config.kv_n_heads or self.n_heads
         return self.n_heads
 
     @property
@@ -87,14 +126,18 @@ class MptConfig(PretrainedConfig):
     def unsupported(self) -> str | None:
         """Why ``MPTForCausalLM`` cannot run this model, or None where it can."""
         attention = self.attn_config
-        kind = attention.get("attn_type", "multihead_attention")
+        kind = attention.attn_type
         activation = self.ffn_config.get("ffn_act_fn") or {"name": "gelu"}
+
+        def given(name: str) -> Any:
+            return getattr(attention, name, None)
+
         reasons = {
-            "it has rotary positions (attn_config.rope)": attention.get("rope"),
+            "it has rotary positions (attn_config.rope)": given("rope"),
             "it has no ALiBi but learned absolute positions (attn_config.alibi is "
-            "false)": not attention["alibi"],
+            "false)": not attention.alibi,
             "it is a prefix language model (attn_config.prefix_lm), whose prompt "
-            "attends in both directions": attention.get("prefix_lm"),
+            "attends in both directions": attention.prefix_lm,
             f"attn_config.attn_type is {kind}": kind
             not in (
                 "multihead_attention",
@@ -102,12 +145,12 @@ class MptConfig(PretrainedConfig):
                 "grouped_query_attention",
             ),
             "it has a sliding window (attn_config.sliding_window_size)": (
-                attention.get("sliding_window_size") or -1
+                given("sliding_window_size") or -1
             )
             > 0,
-            "it normalises each head (attn_config.qk_gn)": attention.get("qk_gn"),
+            "it normalises each head (attn_config.qk_gn)": given("qk_gn"),
             "it caps its attention logits (attn_config.attn_logit_softcapping)": (
-                attention.get("attn_logit_softcapping")
+                given("attn_logit_softcapping")
             ),
             f"norm_type is {self.norm_type}": self.norm_type.lower() not in NORM_TYPES,
             f"ffn_config is {self.ffn_config}": self.ffn_config.get(
