@@ -28,7 +28,7 @@ class DeltaLogprobs(LogprobsProcessor):
 
 
 class ClientDeltaLogprobs(ClientLogprobs, DeltaLogprobs):
-    """Both for one client."""
+    """Forgets them, and never has that of the client's first token."""
 
 
 class StreamOutputProcessor(OutputProcessor):

@@ -31,6 +31,7 @@ def llm() -> Iterator[LLM]:
         GOLDEN,
         None,
         max_model_len=RESIDENT,
+        max_num_batched_tokens=128,  # TEXT is read in chunks
         additional_config={"sink_paged": settings},
     ) as llm:
         yield llm
