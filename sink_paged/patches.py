@@ -81,6 +81,19 @@ def _register_triton_kernel_overrides(original: Callable[..., Any], cls: type) -
         sys.modules.update(hidden)
 
 
+def _record_read(original: Callable[..., Any], self: Any) -> None:
+    original(self)
+    # ZeroMQ queues a wake-up for each notification until the socket is looked at, which
+    # a reader that is never idle does not.
+    self.reads_unpolled = getattr(self, "reads_unpolled", 0) + 1
+    if self.reads_unpolled >= READS_UNPOLLED and self.poller is not None:
+        self.reads_unpolled = 0
+        self.poller.poll(0)
+
+
+READS_UNPOLLED = 1024
+
+
 def llvmlite_modules() -> list[str]:
     """Names of the loaded modules of llvmlite."""
     return [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
@@ -149,5 +162,14 @@ ALL = (
         why="an engine fails to start in a process that has loaded llvmlite",
         upstream="vllm.triton_utils.dispatcher:instance_dict",
         since="0.31",
+    ),
+    Patch(
+        target="vllm.distributed.device_communicators.shm_broadcast"
+        ":SpinCondition.record_read",
+        parameters=("self",),
+        wrapper=_record_read,
+        why="a worker in a process of its own grows by 50 bytes a step, and so does "
+        "the engine core",
+        upstream="vllm.distributed.device_communicators.shm_broadcast:READS_UNPOLLED",
     ),
 )

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import vllm
+import zmq
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.network_utils import get_open_zmq_inproc_path
 
 from sink_paged import patches, plugin
 from sink_paged.patching import Patch, PatchError, find
@@ -101,6 +105,28 @@ def test_every_patch_has_its_index_entry() -> None:
         assert f"`{patch.target}`" in index
     for diff in DIFFS.iterdir():
         assert f"`{diff.stem}`" in index
+
+
+def test_a_busy_reader_of_the_message_queue_does_not_grow() -> None:
+    """Notified 200,000 times without ever being idle."""
+
+    def grown(rounds: int) -> int:
+        address = get_open_zmq_inproc_path()
+        writer = SpinCondition(False, context, address)
+        reader = SpinCondition(True, context, address)
+        before = psutil.Process().memory_info().rss
+        for _ in range(rounds):
+            writer.notify()
+            reader.record_read()
+        return int(psutil.Process().memory_info().rss - before)
+
+    context = zmq.Context()
+    patch = next(p for p in patches.ALL if "SpinCondition" in p.target)
+    patch.revert()
+    assert grown(200_000) > 4_000_000, "vLLM no longer needs the patch"
+    patch.install()
+    assert grown(200_000) < 1_000_000
+    context.destroy(linger=0)
 
 
 CHECK = """
