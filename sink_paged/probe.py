@@ -23,11 +23,12 @@ from vllm.model_executor.layers.attention import Attention
 
 from sink_paged.attention.backend import SinkAttentionImpl
 from sink_paged.attention.reference import rotate
+from sink_paged.config import MAX_STREAM_TOKENS
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
 
-POSITIONS = (1_000_003, 1, 3, 10, 100, 4_097, 40_000, 2**31 - 2)
+POSITIONS = (1_000_000_007, 1, 3, 10, 100, 1_000, 10_000_019, MAX_STREAM_TOKENS - 1)
 NUM_TOKENS = 2 * len(POSITIONS)
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of a query's largest entry; what is not a rotation differs by about all of it."""
 
 
@@ -139,4 +140,8 @@ def _rotates(
         rotation = step.tables(positions.to(step.sink_rotation.device)).cpu()[:, None]
         expected = rotate(before, rotation.real, rotation.imag, interleaved=interleaved)
     error = (after - expected).abs().amax(dim=(1, 2))
-    return bool((error <= tolerance * before.abs().amax(dim=(1, 2))).all())
+    # Below the trained length the angles are the model's own, made in float32.
+    trained = 0 if step is None else step.trained_length
+    angle_error = torch.where(positions < trained, positions * 2**-22, 0.0)
+    largest = before.abs().amax(dim=(1, 2))
+    return bool((error <= (tolerance + angle_error) * largest).all())

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.against_oracle import LOSS_TOLERANCE, check_family
-from tests.engines import engine, generate, greedy, prompt_losses, worst
+from tests.engines import (
+    engine,
+    generate,
+    greedy,
+    make_llama,
+    prompt_losses,
+    worst,
+)
 from tests.families import make_model, text
 from tests.oracle import stream_losses
 from tests.oracle_hf import StreamingModel
@@ -53,3 +60,17 @@ def test_compiled_on_the_transformers_backend(tmp_path: Path) -> None:
             read = generate(llm, [prompt], greedy(1, prompt_logprobs=0))[0]
             error = worst(prompt_losses(read), losses[: len(prompt) - 1])
             assert error < LOSS_TOLERANCE
+
+
+def test_a_long_trained_length_is_proved(tmp_path: Path) -> None:
+    """Whose own float32 angles are coarse at its far end."""
+    make_llama(tmp_path, max_position_embeddings=1 << 17)
+    ids = [256, *(7919 * i * i % 256 for i in range(1, 150))]
+    losses = []
+    for sinks in ((4, 60), (4, 1000), None):
+        with engine(tmp_path, sinks, max_model_len=2048) as llm:
+            read = generate(llm, [ids], greedy(1, prompt_logprobs=0))[0]
+            losses.append(prompt_losses(read))
+    evicting, resident, stock = losses
+    assert worst(resident, stock) < 1e-4
+    assert worst(evicting, stock) > 0.1
