@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,24 @@ WRITTEN = 400
 LOSS_TOLERANCE = 1e-3
 
 
-def check_stream(folder: Path, oracle: Callable[[], Any]) -> list[float]:
+class Checked(NamedTuple):
+    """What ``check_stream`` saw.
+
+    Attributes:
+        short: the engine's losses of ``SHORT``, for which nothing is evicted.
+        error: largest difference of a loss of ``IDS`` from the oracle.
+    """
+
+    short: list[float]
+    error: float
+
+
+def check_stream(folder: Path, oracle: Callable[[], Any]) -> Checked:
     """Losses of a long text, read in chunks, and of 400 greedy tokens.
 
     Args:
         folder: of the checkpoint.
         oracle: makes a fresh stream of it, with cache config ``SINKS``.
-
-    Returns:
-        The engine's losses of ``SHORT``, for which nothing is evicted.
     """
     losses = stream_losses(oracle(), IDS)
     with engine(folder, SINKS, max_num_batched_tokens=128) as llm:
@@ -48,11 +57,12 @@ def check_stream(folder: Path, oracle: Callable[[], Any]) -> list[float]:
             [*[greedy(1, prompt_logprobs=0)] * 2, greedy(WRITTEN)],
         )
         assert pool_is_empty(llm)
-    assert worst(prompt_losses(read), losses) < LOSS_TOLERANCE
+    error = worst(prompt_losses(read), losses)
+    assert error < LOSS_TOLERANCE
     tokens = list(written.outputs[0].token_ids)
     assert len(tokens) == WRITTEN
     assert greedy_deficit(oracle(), PROMPT, tokens) < NEAR_TIE
-    return prompt_losses(short)
+    return Checked(prompt_losses(short), error)
 
 
 def stock_losses(folder: Path) -> list[float]:

@@ -29,6 +29,7 @@ from tests.stream_checks import (
     dense_losses,
     stock_losses,
 )
+from tests.support import record
 
 ORIGINAL: dict[str, Any] = {
     "architectures": ["MPTForCausalLM"],
@@ -151,14 +152,16 @@ def write_hugging_face(folder: Path) -> MptForCausalLM:
     return model
 
 
-def test_hugging_face_layout(tmp_path: Path) -> None:
+@pytest.mark.family
+@pytest.mark.parametrize("family", ["MPT"])
+def test_hugging_face_layout(family: str, tmp_path: Path) -> None:
     """Within the window the losses are those of Hugging Face's own class."""
     model = write_hugging_face(tmp_path)
     config = model.config.to_dict()
     weights = model.state_dict()
     assert abs(weights["transformer.blocks.0.attn.Wqkv.weight"]).max() > 0.3
-    short = check_stream(tmp_path, lambda: MptOracle(weights, config, *SINKS))
-    assert worst(short, dense_losses(model, SHORT)) < 1e-4
+    checked = check_stream(tmp_path, lambda: MptOracle(weights, config, *SINKS))
+    assert worst(checked.short, dense_losses(model, SHORT)) < 1e-4
     # Hugging Face goes on working with the config class that vLLM was given.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded.config, MptConfig)
@@ -166,6 +169,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
     wide = MptOracle(weights, config, 4, TRAINED)
     ids = IDS[: TRAINED // 2]
     assert worst(stream_losses(wide, ids), dense_losses(model, ids)) < 1e-4
+    record(family, "ALiBi", checked.error)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +178,8 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
 def test_original_layout(config: dict[str, Any], tmp_path: Path) -> None:
     """Within the window the model has the same losses on vLLM's own attention."""
     weights = write_original(config, tmp_path)
-    short = check_stream(tmp_path, lambda: MptOracle(weights, config, *SINKS))
-    assert worst(short, stock_losses(tmp_path)) < 1e-4
+    checked = check_stream(tmp_path, lambda: MptOracle(weights, config, *SINKS))
+    assert worst(checked.short, stock_losses(tmp_path)) < 1e-4
 
 
 OPTIONS = {
