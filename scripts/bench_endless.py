@@ -24,6 +24,7 @@ a block (73 bytes). ``--stock`` measures it on stock vLLM. The worker needs noth
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,9 +325,17 @@ def thin(series: Series, points: int = 400) -> dict[str, list[float]]:
 
 
 def progress(total: int, name: str) -> Any:
-    """A bar on the terminal, silent elsewhere and without a name."""
-    hidden = not name or not sys.stderr.isatty()
-    return tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=hidden)
+    """A bar on a terminal, a line a minute elsewhere, nothing without a name."""
+    interval = 0.2 if sys.stderr.isatty() else 60.0
+    return tqdm(
+        total=total,
+        desc=name,
+        unit="tok",
+        unit_scale=True,
+        mininterval=interval,
+        maxinterval=interval,
+        disable=not name,
+    )
 
 
 def write_random_model(folder: str, vocab: int) -> None:
@@ -349,8 +358,10 @@ def write_random_model(folder: str, vocab: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run_model(model: str, vocab: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All scenarios of a model."""
+def run_model(
+    model: str, vocab: int, args: argparse.Namespace, save: Callable[[Any], None]
+) -> None:
+    """All scenarios of a model; ``save`` is called with the results so far."""
     context = json.loads(Path(model, "config.json").read_text())
     window = context["max_position_embeddings"] - SINK_TOKENS - 1
     filled = context["max_position_embeddings"] + CHUNK
@@ -361,6 +372,7 @@ def run_model(model: str, vocab: int, args: argparse.Namespace) -> dict[str, Any
     def report(name: str, series: Series, more: dict[str, Any] | None = None) -> None:
         summary = summarise(series, filled) | (more or {})
         results[name] = {"summary": summary, "series": thin(series)}
+        save({"cache_config": [SINK_TOKENS, window], "scenarios": results})
         print(f"\n{name}: {json.dumps(summary, indent=1)}", flush=True)
 
     with started(model, window, args.streams, args.stock) as engine:
@@ -384,7 +396,6 @@ def run_model(model: str, vocab: int, args: argparse.Namespace) -> dict[str, Any
         if "mixed" in wanted:
             series, more = run_mixed(engine, beginning, args.mixed_tokens, alone, vocab)
             report("mixed", series, more)
-    return {"cache_config": [SINK_TOKENS, window], "scenarios": results}
 
 
 def plot(models: dict[str, Any], path: Path) -> None:
@@ -426,7 +437,7 @@ def plot(models: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Run, print, and write ``endless.json`` and ``endless.png``."""
+    """Run and print; write ``endless.json`` and ``endless.png`` as results come."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
@@ -450,18 +461,22 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
     models: dict[str, Any] = {}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def save(model: str, result: dict[str, Any]) -> None:
+        models[model] = result
+        document = {"provenance": provenance(), "models": models}
+        path = args.output_dir / "endless.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        plot(models, args.output_dir / "endless.png")
+
     with tempfile.TemporaryDirectory() as folder:
         for model in args.model or ["models/pocket", "random"]:
             path, vocab = model, 256
             if model == "random":
                 path, vocab = folder, 32_000
                 write_random_model(path, vocab)
-            models[model] = run_model(path, vocab, args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    document = {"provenance": provenance(), "models": models}
-    path = args.output_dir / "endless.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    plot(models, args.output_dir / "endless.png")
+            run_model(path, vocab, args, functools.partial(save, model))
 
 
 if __name__ == "__main__":
