@@ -339,7 +339,7 @@ def progress(total: int, name: str) -> Any:
 
 
 def write_random_model(folder: str, vocab: int) -> None:
-    """A Llama of 19 million random weights with a vocabulary of usual size."""
+    """A Llama of 7 million random weights; most of its token ids are above 256."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -474,7 +474,7 @@ def main() -> None:
         for model in args.model or ["models/pocket", "random"]:
             path, vocab = model, 256
             if model == "random":
-                path, vocab = folder, 32_000
+                path, vocab = folder, 8_192
                 write_random_model(path, vocab)
             run_model(path, vocab, args, functools.partial(save, model))
 
