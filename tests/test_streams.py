@@ -141,9 +141,10 @@ def resident_bytes() -> int:
 
 def test_token_rows_cost_what_is_not_yet_read() -> None:
     rows = TokenRows(256)
+    text = np.full(2_000_000, 5, dtype=np.int32)
     before = resident_bytes()
     rows.begin(7, 0)
-    rows[7, :2_000_000] = np.full(2_000_000, 5, dtype=np.int32)
+    rows[7, :2_000_000] = text
     assert 8_000_000 <= resident_bytes() - before < 10_000_000
     num_read = np.zeros(8, dtype=np.int32)
     num_read[7] = 1_900_000
