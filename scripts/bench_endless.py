@@ -157,6 +157,30 @@ class Engine:
         self.engine.engine_core.shutdown()
 
 
+class Recorder:
+    """Fills a ``Series`` while an engine is stepped."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Start the clock."""
+        self.engine = engine
+        self.series = Series(memory={role: array("d") for role in engine.processes})
+        self._sampled, self._last = 0.0, time.perf_counter()
+
+    def after_step(self, text: int, timed: bool = True) -> None:
+        """Note a step and now and then the memory; ``text`` is the text's length."""
+        now, series = time.perf_counter(), self.series
+        if timed:
+            series.tokens.append(text)
+            series.seconds.append(now - self._last)
+        if now - self._sampled > MEMORY_SECONDS:
+            self._sampled = now
+            for role, resident in self.engine.memory().items():
+                series.memory[role].append(resident)
+            series.memory_tokens.append(text)
+            series.blocks.append(self.engine.blocks())
+        self._last = time.perf_counter()
+
+
 @contextmanager
 def started(*args: Any) -> Iterator[Engine]:
     """An engine, stopped at the end."""
@@ -171,19 +195,15 @@ def run_streams(
     engine: Engine, prompts: list[list[int]], max_tokens: int, name: str
 ) -> tuple[Series, list[list[int]]]:
     """Let streams write side by side; what was seen, and what they wrote."""
-    series = Series(memory={role: array("d") for role in engine.processes})
     outputs: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         outputs[str(index)] = []
         engine.add(str(index), prompt, max_tokens)
     length = len(prompts[0])
-    text, sampled = 0, 0.0
-    last = time.perf_counter()
+    text, recorder = 0, Recorder(engine)
     with progress(length + max_tokens, name) as bar:
         while engine.engine.has_unfinished_requests():
-            written = engine.engine.step()
-            now = time.perf_counter()
-            for output in written:
+            for output in engine.engine.step():
                 outputs[output.request_id] += output.outputs[0].token_ids
             before = text
             text = (
@@ -191,19 +211,9 @@ def run_streams(
                 if outputs["0"]
                 else min(length, text + CHUNK // len(prompts))
             )
-            if max_tokens > 1 or text < length:
-                series.tokens.append(text)
-                series.seconds.append(now - last)
-            last = now
+            recorder.after_step(text, timed=max_tokens > 1 or text < length)
             bar.update(text - before)
-            if now - sampled > MEMORY_SECONDS:
-                sampled = now
-                for role, resident in engine.memory().items():
-                    series.memory[role].append(resident)
-                series.memory_tokens.append(text)
-                series.blocks.append(engine.blocks())
-                last = time.perf_counter()
-    return series, [outputs[str(index)] for index in range(len(prompts))]
+    return recorder.series, [outputs[str(index)] for index in range(len(prompts))]
 
 
 def run_mixed(
@@ -221,7 +231,6 @@ def run_mixed(
         _, (tokens,) = run_streams(engine, [kind], SHORT_OUTPUT, "")
         expected.append(tokens)
 
-    series = Series(memory={role: array("d") for role in engine.processes})
     engine.add("long", prompt, max_tokens)
     long: list[int] = []
     short: dict[str, list[int]] = {}
@@ -229,7 +238,7 @@ def run_mixed(
     latencies: list[tuple[int, float, float]] = []
     firsts: dict[str, float] = {}
     number = wrong = 0
-    sampled, last = 0.0, time.perf_counter()
+    recorder = Recorder(engine)
     with progress(max_tokens, "mixed") as bar:
         while len(long) < max_tokens:
             while len(short) < SHORT_AT_ONCE and len(long) + 100 < max_tokens:
@@ -250,21 +259,12 @@ def run_mixed(
                     wrong += short.pop(name) != expected[int(name) % len(kinds)]
                     total = time.perf_counter() - begun.pop(name)
                     latencies.append((len(long), firsts.pop(name), total))
-            now = time.perf_counter()
-            series.tokens.append(len(prompt) + len(long))
-            series.seconds.append(now - last)
-            last = now
-            if now - sampled > MEMORY_SECONDS:
-                sampled = now
-                for role, resident in engine.memory().items():
-                    series.memory[role].append(resident)
-                series.memory_tokens.append(len(prompt) + len(long))
-                series.blocks.append(engine.blocks())
+            recorder.after_step(len(prompt) + len(long))
     while engine.engine.has_unfinished_requests():
         engine.engine.step()
     tenth = max(1, len(latencies) // TENTHS)
     same = [a == b for a, b in zip(long, alone, strict=False)]
-    return series, {
+    return recorder.series, {
         "short_requests": number,
         "short_requests_that_differ": wrong,
         "long_tokens_compared": len(same),
@@ -365,6 +365,18 @@ def run_model(
     context = json.loads(Path(model, "config.json").read_text())
     window = context["max_position_embeddings"] - SINK_TOKENS - 1
     filled = context["max_position_embeddings"] + CHUNK
+    for scenario, option, per_step in (
+        ("prefill", "prefill_tokens", CHUNK),
+        ("decode", "decode_tokens", 1),
+        ("side-by-side", "stream_tokens", 1),
+        ("mixed", "mixed_tokens", 1),
+    ):
+        least = filled + TENTHS * per_step
+        if scenario in args.scenarios and getattr(args, option) <= least:
+            raise SystemExit(
+                f"--{option.replace('_', '-')} must be above {least}: what is measured "
+                "is the text past the window"
+            )
     rng = np.random.default_rng(0)
     beginning = rng.integers(vocab, size=64).tolist()
     results: dict[str, Any] = {}

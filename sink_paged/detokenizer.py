@@ -193,7 +193,7 @@ class SlowStreamDetokenizer(BoundedText, SlowIncrementalDetokenizer):
         return text
 
 
-REPLACEMENTS: dict[type, Callable[[Any, EngineCoreRequest], BoundedText]] = {
+BOUNDED_CLASSES: dict[type, Callable[[Any, EngineCoreRequest], BoundedText]] = {
     FastIncrementalDetokenizer: FastStreamDetokenizer,
     SlowIncrementalDetokenizer: SlowStreamDetokenizer,
 }

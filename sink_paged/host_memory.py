@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from vllm.exceptions import VLLMValidationError
-from vllm.model_executor.model_loader.weight_utils import _get_available_ram_bytes
 from vllm.sampling_params import SamplingParams
 
 TOKEN_BYTES = 128
@@ -37,7 +36,10 @@ def check_prompt_fits(num_tokens: int, params: SamplingParams, vocab_size: int) 
     needed = num_tokens * per_token
     if needed < FREE_BYTES_ASKED_ABOVE:
         return
-    free = _get_available_ram_bytes()
+    # Takes a fifth of a second to import, which the first short request need not wait.
+    from vllm.model_executor.model_loader import weight_utils
+
+    free = weight_utils._get_available_ram_bytes()
     if needed > free:
         raise VLLMValidationError(
             f"the prompt of {num_tokens} tokens needs about {needed >> 20} MiB of host "

@@ -10,7 +10,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from sink_paged.detokenizer import PENDING_TOKENS, REPLACEMENTS
+from sink_paged.detokenizer import BOUNDED_CLASSES, PENDING_TOKENS
 from sink_paged.sink_token import ClientLogprobs, SinkTokenState, client_request
 
 
@@ -41,7 +41,7 @@ class StreamOutputProcessor(OutputProcessor):
         seen = client_request(request)
         super().add_request(seen, *args, **kwargs)
         state = self.request_states[request.request_id]
-        replacement = REPLACEMENTS.get(type(state.detokenizer))
+        replacement = BOUNDED_CLASSES.get(type(state.detokenizer))
         if replacement is not None:
             state.detokenizer = replacement(state.detokenizer, seen)
         if type(state.logprobs_processor) is LogprobsProcessor:

@@ -29,9 +29,9 @@ class TokenCounts:
     """
 
     def __init__(self, prompt: Tensor, vocab_size: int) -> None:
-        """Count the prompt's tokens, int ``[num_tokens]``."""
+        """Count the prompt's tokens, int64 ``[num_tokens]``."""
         self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
-        self.in_prompt[torch.unique(prompt).long()] = True
+        self.in_prompt[prompt] = True
         self.in_output: npt.NDArray[np.int32] = np.zeros(vocab_size, dtype=np.int32)
 
 

@@ -109,6 +109,20 @@ def pool_is_empty(llm: LLM) -> bool:
     return bool(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1)
 
 
+def forget(llm: LLM) -> None:
+    """Empty the prefix cache."""
+    assert pool_is_empty(llm)
+    assert llm.reset_prefix_cache()
+
+
+def continuations(
+    llm: LLM, prompts: list[list[int]], count: int = 150
+) -> list[list[int]]:
+    """The ``count`` greedy tokens that follow each prompt."""
+    outputs = generate(llm, prompts, greedy(count))
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 def worst(left: list[float], right: list[float]) -> float:
     """Largest absolute difference of two equally long lists."""
     return max(abs(a - b) for a, b in zip(left, right, strict=True))

@@ -24,51 +24,66 @@ from tests.oracle import greedy_deficit, stream_losses
 SINKS = (4, 60)
 TRAINED = 256
 IDS = [256, *(7919 * i * i % 251 for i in range(1, 400))]
-SHORT = IDS[:60]  # within the window
-PROMPT = IDS[:50]
-WRITTEN = 400
+WITHIN = 60
+"""Length of a text from which nothing is evicted."""
+SHORT = IDS[:WITHIN]
 LOSS_TOLERANCE = 1e-3
+STOCK_TOLERANCE = 1e-4
 
 
 class Checked(NamedTuple):
     """What ``check_stream`` saw.
 
     Attributes:
-        short: the engine's losses of ``SHORT``, for which nothing is evicted.
-        error: largest difference of a loss of ``IDS`` from the oracle.
+        short: the engine's losses of the text's first ``WITHIN`` tokens, for which
+            nothing is evicted.
+        error: largest difference of a loss of the text from the oracle.
     """
 
     short: list[float]
     error: float
 
 
-def check_stream(folder: Path, oracle: Callable[[], Any]) -> Checked:
-    """Losses of a long text, read in chunks, and of 400 greedy tokens.
+def check_stream(
+    folder: Path,
+    oracle: Callable[[], Any],
+    sinks: tuple[int, int] = SINKS,
+    ids: list[int] = IDS,
+    num_written: int = 400,
+    prompt_tokens: int = 50,
+) -> Checked:
+    """Losses of a text, read in chunks, and greedy tokens, each judged by the oracle.
 
     Args:
         folder: of the checkpoint.
-        oracle: makes a fresh stream of it, with cache config ``SINKS``.
+        oracle: makes a fresh stream of it, with cache config ``sinks``.
+        sinks: ``(S, R)``.
+        ids: the text.
+        num_written: greedy tokens.
+        prompt_tokens: tokens of the text before them.
     """
-    losses = stream_losses(oracle(), IDS)
-    with engine(folder, SINKS, max_num_batched_tokens=128) as llm:
-        read, short, written = generate(
+    losses = stream_losses(oracle(), ids)
+    prompt = ids[:prompt_tokens]
+    with engine(folder, sinks, max_num_batched_tokens=128) as llm:
+        short, read, written = generate(
             llm,
-            [IDS, SHORT, PROMPT],
-            [*[greedy(1, prompt_logprobs=0)] * 2, greedy(WRITTEN)],
+            [ids[:WITHIN], ids, prompt],
+            [*[greedy(1, prompt_logprobs=0)] * 2, greedy(num_written)],
         )
         assert pool_is_empty(llm)
     error = worst(prompt_losses(read), losses)
     assert error < LOSS_TOLERANCE
     tokens = list(written.outputs[0].token_ids)
-    assert len(tokens) == WRITTEN
-    assert greedy_deficit(oracle(), PROMPT, tokens) < NEAR_TIE
+    assert len(tokens) == num_written
+    assert greedy_deficit(oracle(), prompt, tokens) < NEAR_TIE
     return Checked(prompt_losses(short), error)
 
 
-def stock_losses(folder: Path) -> list[float]:
-    """Losses of ``SHORT`` on vLLM without sink eviction."""
+def stock_losses(folder: Path, ids: list[int] = IDS) -> list[float]:
+    """Losses of the text's first tokens on vLLM without sink eviction."""
     with engine(folder, None) as llm:
-        return prompt_losses(generate(llm, [SHORT], greedy(1, prompt_logprobs=0))[0])
+        params = greedy(1, prompt_logprobs=0)
+        return prompt_losses(generate(llm, [ids[:WITHIN]], params)[0])
 
 
 @torch.no_grad()

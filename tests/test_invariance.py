@@ -13,8 +13,10 @@ from vllm import LLM
 
 from sink_paged.window import BlockWindow, SinkWindow
 from tests.engines import (
+    continuations,
     core,
     engine,
+    forget,
     generate,
     greedy,
     kv_cache_manager,
@@ -64,21 +66,8 @@ class Undisturbed:
 @pytest.fixture(scope="module")
 def undisturbed(llm: LLM) -> Undisturbed:
     read = generate(llm, [TEXT], READ)[0]
-    written = continuation(llm, [TEXT])[0]
+    written = continuations(llm, [TEXT])[0]
     return Undisturbed(prompt_losses(read), written)
-
-
-def continuation(
-    llm: LLM, prompts: list[list[int]], count: int = 150
-) -> list[list[int]]:
-    outputs = generate(llm, prompts, greedy(count))
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def forget(llm: LLM) -> None:
-    """Empty the prefix cache."""
-    assert pool_is_empty(llm)
-    assert llm.reset_prefix_cache()
 
 
 @pytest.mark.parametrize("chunk", [16, 37, 1024])
@@ -103,7 +92,7 @@ def test_prefill_chunks(
     read = generate(llm, [TEXT], READ)[0]
     assert max(chunks) == min(chunk, len(TEXT))
     forget(llm)
-    written = continuation(llm, [TEXT])[0]
+    written = continuations(llm, [TEXT])[0]
     assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
     assert written == undisturbed.tokens
 
@@ -115,7 +104,7 @@ def test_among_others(llm: LLM, undisturbed: Undisturbed) -> None:
     read = generate(llm, prompts, READ)[0]
     assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
     forget(llm)
-    assert continuation(llm, prompts)[0] == undisturbed.tokens
+    assert continuations(llm, prompts)[0] == undisturbed.tokens
     assert pool_is_empty(llm)
 
 
@@ -133,7 +122,7 @@ def test_prefix_cache_hit_after_eviction(llm: LLM, undisturbed: Undisturbed) -> 
     turn = generate(llm, [[*again, 65, 66]], greedy(60))[0]
     assert turn.num_cached_tokens > len(TEXT) + 100
     forget(llm)
-    assert continuation(llm, [[*again, 65, 66]], 60)[0] == list(
+    assert continuations(llm, [[*again, 65, 66]], 60)[0] == list(
         turn.outputs[0].token_ids
     )
 
@@ -181,7 +170,7 @@ def test_preemption(model: Path) -> None:
     blocks = policy.max_blocks(64) * 5 // 2
     options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
     with engine(model, SINKS, **options) as llm:
-        roomy = continuation(llm, prompts, 300)
+        roomy = continuations(llm, prompts, 300)
     crowd = {"num_gpu_blocks_override": blocks, "disable_log_stats": False}
     with engine(model, SINKS, **crowd, **options) as llm:
         crowded = generate(llm, prompts, greedy(300))
@@ -196,4 +185,4 @@ def test_block_sizes(model: Path, undisturbed: Undisturbed, block_size: int) -> 
     with engine(model, SINKS, block_size=block_size) as llm:
         read = generate(llm, [TEXT], READ)[0]
         assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
-        assert continuation(llm, [TEXT])[0] == undisturbed.tokens
+        assert continuations(llm, [TEXT])[0] == undisturbed.tokens

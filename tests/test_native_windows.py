@@ -11,8 +11,10 @@ from vllm import LLM
 
 from tests.against_oracle import check_family
 from tests.engines import (
+    continuations,
     core,
     engine,
+    forget,
     generate,
     greedy,
     kv_cache_manager,
@@ -50,17 +52,6 @@ def llm(model: Path) -> Iterator[LLM]:
 def losses(llm: LLM) -> list[float]:
     """In one chunk, alone, with a cold cache."""
     return prompt_losses(generate(llm, [TEXT], READ)[0])
-
-
-def tokens_of(llm: LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
-    outputs = generate(llm, prompts, greedy(count))
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def forget(llm: LLM) -> None:
-    """Empty the prefix cache."""
-    assert pool_is_empty(llm)
-    assert llm.reset_prefix_cache()
 
 
 def test_several_groups_are_exact(llm: LLM, losses: list[float]) -> None:
@@ -102,7 +93,7 @@ def test_prefix_cache_hit_after_eviction(llm: LLM) -> None:
     warm = generate(llm, [turn], greedy(60))[0]
     assert warm.num_cached_tokens > len(TEXT) + 100
     forget(llm)
-    assert tokens_of(llm, [turn], 60)[0] == list(warm.outputs[0].token_ids)
+    assert continuations(llm, [turn], 60)[0] == list(warm.outputs[0].token_ids)
 
 
 def test_blocks_are_bounded(llm: LLM) -> None:
@@ -133,12 +124,12 @@ def test_preemption(model: Path) -> None:
     prompts = [[256, seed, *TEXT[2:20]] for seed in range(4)]
     options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
     with engine(model, SINKS, **options) as llm:
-        roomy = tokens_of(llm, prompts, 200)
+        roomy = continuations(llm, prompts, 200)
         managers = kv_cache_manager(llm).coordinator.single_type_managers
         bound = sum(manager.blocks.max_blocks(64) for manager in managers)
     options |= {"num_gpu_blocks_override": bound + 1, "disable_log_stats": False}
     with engine(model, SINKS, **options) as llm:
-        crowded = tokens_of(llm, prompts, 200)
+        crowded = continuations(llm, prompts, 200)
         stats = {metric.name: metric for metric in llm.get_metrics()}
         assert stats["vllm:num_preemptions"].value > 0
         assert pool_is_empty(llm)

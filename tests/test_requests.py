@@ -86,7 +86,8 @@ def test_a_prompt_that_memory_cannot_hold_is_refused(
 ) -> None:
     """By itself, with what it needs; also for the log-probabilities it asks for."""
     monkeypatch.setattr(
-        "sink_paged.host_memory._get_available_ram_bytes", lambda: 70 << 20
+        "vllm.model_executor.model_loader.weight_utils._get_available_ram_bytes",
+        lambda: 70 << 20,
     )
     for length, scored in ((600_000, None), (100_000, 1)):
         params = greedy(1, prompt_logprobs=scored)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.against_oracle import LOSS_TOLERANCE, check_family
+from tests.against_oracle import check_family
 from tests.engines import (
     engine,
     generate,
@@ -17,6 +17,7 @@ from tests.engines import (
 from tests.families import make_model, text
 from tests.oracle import stream_losses
 from tests.oracle_hf import StreamingModel
+from tests.stream_checks import LOSS_TOLERANCE
 
 LONG, SHORT = 400, 60
 GREEDY_TOKENS = {
