@@ -20,7 +20,7 @@ from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
 
 SUPPORTED_VLLM = (Version("0.29"), Version("0.33"))
 """From the first, up to but without the second."""
-BACKEND_PATH = "sink_paged.attention.backend.SinkAttentionBackend"
+BACKEND_PATH = "sink_paged.attention.cpu_backend.SinkCPUAttentionBackend"
 CPU_WORKER = "sink_paged.worker.SinkCPUWorker"
 STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 

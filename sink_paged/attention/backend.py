@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The face that vLLM sees: an attention backend with sinks and a window.
 
-Stands in for ``vllm/v1/attention/backends/cpu_attn.py``. Keys arrive rotated at their
-text positions and are never touched again.
+What the platforms share. :mod:`sink_paged.attention.cpu_backend` and
+:mod:`sink_paged.attention.triton_backend` add a kernel each. Keys arrive rotated at
+their text positions and are never touched again.
 """
 
 from __future__ import annotations
@@ -16,16 +17,12 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
-    AttentionLayer,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from sink_paged.attention.cpu import prepare, sink_attention, write_kv
 from sink_paged.config import StreamConfig
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
 from sink_paged.window import layer_window
@@ -77,7 +74,7 @@ class SinkAttentionMetadataBuilder(AttentionMetadataBuilder[SinkAttentionMetadat
 
 
 class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
-    """Attention of one layer.
+    """Attention of one layer; subclasses add ``forward`` and ``do_kv_cache_update``.
 
     Attributes:
         window: what this layer keeps: the cache config, or its own sliding window.
@@ -124,7 +121,6 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         self.window = layer_window(
             stream.window, sliding_window, vllm_config.cache_config.sliding_window
         )
-        prepare(vllm_config.model_config.dtype)
         self.rotations: StepRotations | None = None
 
     def check_supported(self) -> None:
@@ -153,67 +149,12 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         if self.sinks is not None:
             self.sink_logits = self.sinks.detach().to(torch.float32).contiguous()
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: SinkAttentionMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; ``key`` and ``value`` are in the cache already.
-
-        Args:
-            layer: the calling layer.
-            query: ``[num_tokens, num_heads, head_size]``, rotated at text positions.
-            key: unused.
-            value: unused.
-            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
-            attn_metadata: the batch; None while vLLM profiles.
-            output: ``[num_tokens, num_heads, head_size]``, written in place.
-            output_scale: unsupported.
-            output_block_scale: unsupported.
-        """
-        if attn_metadata is None:
-            return output
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("sink_paged does not quantise its output")
-        rotations = self.rotations
-        sink_attention(
-            query,
-            kv_cache,
-            output,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            None if rotations is None else rotations.sink_rotation,
-            window=self.window,
-            scale=self.scale,
-            interleaved=rotations is not None and rotations.geometry.interleaved,
-            alibi_slopes=self.alibi_slopes,
-            soft_cap=self.soft_cap,
-            sink_logits=self.sink_logits,
-        )
-        return output
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Write the step's keys, values: ``[num_tokens, num_kv_heads, head_size]``."""
-        write_kv(key, value, kv_cache, slot_mapping)
-
 
 class SinkAttentionBackend(AttentionBackend):
-    """Registered as vLLM's ``CUSTOM`` backend and chosen by the sink flag."""
+    """Registered as vLLM's ``CUSTOM`` backend and chosen by the sink flag.
+
+    Subclasses name their classes and what their kernel takes.
+    """
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [
@@ -239,23 +180,3 @@ class SinkAttentionBackend(AttentionBackend):
     ) -> list[int | MultipleOf]:
         """Any multiple of 16 tokens."""
         return [MultipleOf(16)]
-
-    @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        """The head sizes of vLLM's own CPU backend."""
-        return CPUAttentionBackend.get_supported_head_sizes()
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Head-major blocks, as vLLM's CPU backend."""
-        return CPUAttentionBackend.supported_kv_cache_layouts()
-
-    @staticmethod
-    def get_impl_cls() -> type[SinkAttentionImpl]:
-        """The layer implementation."""
-        return SinkAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[SinkAttentionMetadataBuilder]:
-        """The metadata builder."""
-        return SinkAttentionMetadataBuilder
