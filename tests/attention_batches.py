@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of streams for the tests of the attention kernels."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sink_paged.attention import cpu, reference
+from sink_paged.window import BlockWindow, SinkWindow
+
+# float32: both sides accumulate in float32, in another order; relative error about
+# sqrt(keys) * 6e-8 of sums near 1. bfloat16 and float16: both round one float32 result
+# to the dtype, so they differ by at most one step of the dtype at the result's size,
+# plus, where the kernel multiplies in bfloat16, the rounding of weights (2**-9 each,
+# averaged over the keys) and of the rotated query (2**-9 of a logit).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+DTYPES = list(TOLERANCE)
+
+
+@dataclass
+class Batch:
+    """A batch of streams in a cache whose unused slots are NaN.
+
+    `chunks` are `(tokens of this step, text tokens with them)` of each request.
+    """
+
+    chunks: list[tuple[int, int]]
+    window: SinkWindow
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    rotary_dim: int = 0
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        policy = BlockWindow(self.window, self.block_size)
+        columns = policy.max_blocks(max(tokens for tokens, _ in self.chunks))
+        num_blocks = 1 + len(self.chunks) * columns
+        # A block stride larger than the block, as vLLM's padded pages have.
+        shape = (num_blocks, self.num_kv_heads + 1, self.block_size, 2 * self.head_size)
+        storage = torch.full(shape, math.nan, dtype=self.dtype)
+        self.kv_cache = storage[:, : self.num_kv_heads]
+        self.block_table = torch.zeros(len(self.chunks), columns, dtype=torch.int32)
+        # Texts by request: keys and values, [seq_len, num_kv_heads, head_size].
+        self.texts: list[tuple[Tensor, Tensor]] = []
+        free = iter(torch.randperm(num_blocks - 1, generator=generator).add(1).tolist())
+        for request, (tokens, seq_len) in enumerate(self.chunks):
+            key = randn(seq_len, self.num_kv_heads, self.head_size).to(self.dtype)
+            value = randn(seq_len, self.num_kv_heads, self.head_size).to(self.dtype)
+            self.texts.append((key, value))
+            slots = torch.full((seq_len,), -1)
+            total = -(-seq_len // self.block_size)
+            held = {
+                *range(min(policy.pinned_blocks, total)),
+                *range(policy.first_window_block(seq_len - tokens), total),
+            }
+            for block in sorted(held):
+                number = next(free)
+                self.block_table[request, policy.column(block, columns)] = number
+                begin = block * self.block_size
+                end = min(begin + self.block_size, seq_len)
+                slots[begin:end] = number * self.block_size + torch.arange(end - begin)
+            cpu.write_kv(key, value, self.kv_cache, slots)
+        lengths = torch.tensor([0, *(tokens for tokens, _ in self.chunks)])
+        self.query_start_loc = lengths.cumsum(0).int()
+        self.seq_lens = torch.tensor([end for _, end in self.chunks], dtype=torch.int32)
+        num_tokens = int(self.query_start_loc[-1]) + 2  # two padded rows
+        # Strided rows, as the split of a fused projection has.
+        width = self.num_heads + 2 * self.num_kv_heads
+        self.query = randn(num_tokens, width, self.head_size).to(self.dtype)
+        self.query = self.query[:, : self.num_heads]
+        self.sink_rotation = None
+        if self.rotary_dim:
+            angles = 3 * randn(num_tokens, self.rotary_dim // 2)
+            self.sink_rotation = torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def run(self, attention: Any) -> Tensor:
+        """Output `[num_tokens, num_heads, head_size]` of either implementation."""
+        output = torch.full(self.query.shape, 7.0, dtype=self.dtype)
+        attention(
+            self.query,
+            self.kv_cache,
+            output,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.sink_rotation,
+            window=self.window,
+            scale=self.head_size**-0.5,
+            **self.options,
+        )
+        return output
+
+    def check(self) -> None:
+        """The kernel agrees with the reference; padded rows stay as they were."""
+        expected = self.run(reference.sink_attention).float()
+        actual = self.run(cpu.sink_attention).float()
+        assert not expected.isnan().any()
+        tolerance = TOLERANCE[self.dtype]
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+        assert (actual[-2:] == 7.0).all()
+
+
+MIXED = [(1, 100), (30, 33), (1, 7), (1, 1), (17, 300), (40, 40), (1, 65), (3, 66)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.01, 1.0])},
+    "soft_cap": {"soft_cap": 2.0},
+    "soft_cap_large": {"soft_cap": 50.0},
+    "sink_logits": {"sink_logits": torch.tensor([-3.0, 0.0, 2.0, 40.0])},
+    "interleaved": {"interleaved": True},
+    "all": {
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.01, 1.0]),
+        "soft_cap": 5.0,
+        "sink_logits": torch.tensor([-3.0, 0.0, 2.0, 4.0]),
+        "interleaved": True,
+    },
+}
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Any batch of up to four streams."""
+    chunks = []
+    for _ in range(draw(st.integers(1, 4))):
+        tokens = draw(st.one_of(st.just(1), st.integers(1, 25)))
+        chunks.append((tokens, tokens + draw(st.integers(0, 300))))
+    num_kv_heads = draw(st.integers(1, 3))
+    num_heads = num_kv_heads * draw(st.integers(1, 5))
+    head_size = draw(st.sampled_from([16, 32, 80]))
+    rotary_dim = draw(st.sampled_from([0, 8, head_size]))
+    options: dict[str, Any] = {"interleaved": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["alibi_slopes"] = torch.linspace(0.01, 1.0, num_heads)
+    if draw(st.booleans()):
+        options["soft_cap"] = draw(st.sampled_from([1.0, 30.0]))
+    if draw(st.booleans()):
+        options["sink_logits"] = torch.linspace(-2.0, 2.0, num_heads)
+    return Batch(
+        chunks,
+        SinkWindow(draw(st.sampled_from([0, 1, 4, 17, 40])), draw(st.integers(1, 150))),
+        num_heads,
+        num_kv_heads,
+        head_size,
+        draw(st.sampled_from([16, 32, 48, 128])),
+        draw(st.sampled_from(DTYPES)),
+        rotary_dim,
+        draw(st.integers(0, 1000)),
+        options,
+    )
