@@ -14,15 +14,14 @@ import vllm
 from packaging.version import Version
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
+from sink_paged.platforms import Platform, find_platform
 
 SUPPORTED_VLLM = (Version("0.29"), Version("0.33"))
 """From the first, up to but without the second."""
-BACKEND_PATH = "sink_paged.attention.cpu_backend.SinkCPUAttentionBackend"
-CPU_WORKER = "sink_paged.worker.SinkCPUWorker"
-STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
 class UnsupportedSettingError(ValueError):
@@ -49,7 +48,13 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     Raises:
         ValueError: naming the setting that is wrong or not supported.
     """
-    _check_settings(vllm_config)
+    platform = find_platform()
+    if platform is None:
+        raise UnsupportedSettingError(
+            f"sink eviction does not support platform {current_platform.device_name}: "
+            "it has attention kernels for CPU and CUDA"
+        )
+    _check_settings(vllm_config, platform)
     model_config = vllm_config.model_config
     # vLLM lets --max-model-len exceed the trained length where an environment variable
     # allows it; distances inside the cache must not.
@@ -72,10 +77,10 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
         # Prompts have no end here: one must not take all steps from the others.
         scheduler.long_prefill_token_threshold = scheduler.max_num_batched_tokens // 4
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
-    vllm_config.parallel_config.worker_cls = CPU_WORKER
+    vllm_config.parallel_config.worker_cls = platform.worker
 
 
-def _check_settings(vllm_config: VllmConfig) -> None:
+def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
     """Refuse what the extension does not get right, by the setting's name."""
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
@@ -84,8 +89,6 @@ def _check_settings(vllm_config: VllmConfig) -> None:
     text_config = model.hf_text_config
     name = model.architecture
     refused: dict[str, Any] = {
-        f"platform {current_platform.device_type}: this release has an attention "
-        "kernel for CPU only": not current_platform.is_cpu(),
         "pooling models: they read their text once": model.runner_type != "generate",
         f"encoder-decoder models, as {name} is": model.is_encoder_decoder,
         f"recurrent (Mamba or linear attention) layers, as {name} has": (
@@ -116,23 +119,47 @@ def _check_settings(vllm_config: VllmConfig) -> None:
             not vllm_config.scheduler_config.enable_chunked_prefill
         ),
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype
-        not in ("auto", "float32", "float16", "bfloat16"),
+        not in platform.kv_cache_dtypes,
         f"--block-size {cache.block_size}: it must be a multiple of 16": (
             cache.block_size % 16 != 0
         ),
         f"--attention-backend {getattr(attention.backend, 'name', '')}: sink eviction "
         "brings its own": attention.backend is not None,
         f"--worker-cls {parallel.worker_cls}: sink eviction brings its own": (
-            current_platform.is_cpu() and parallel.worker_cls != STOCK_CPU_WORKER
+            parallel.worker_cls != platform.stock_worker
         ),
-        "VLLM_USE_V2_MODEL_RUNNER=1": vllm_config.use_v2_model_runner,
+        "--enable-dbo and --ubatch-size: microbatches share the rotations of a step": (
+            getattr(parallel, "use_ubatching", False)
+        ),
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
         "another plugin's CUSTOM attention backend": (
-            AttentionBackendEnum.CUSTOM.get_path() != BACKEND_PATH
+            AttentionBackendEnum.CUSTOM.get_path() != platform.backend
         ),
     }
     for setting, applies in refused.items():
         if applies:
             raise UnsupportedSettingError(f"sink eviction does not support {setting}")
+    _check_runner_v2(vllm_config)
+
+
+def _check_runner_v2(vllm_config: VllmConfig) -> None:
+    """Refuse what looks back at any token of a text, where the text is not kept."""
+    if not vllm_config.use_v2_model_runner:
+        return
+    refused = {
+        "without a Triton that runs here": not HAS_TRITON,
+        "with watermarks": getattr(vllm_config, "watermark_config", None) is not None,
+        "with --enable-trace-replay": vllm_config.model_config.enable_trace_replay,
+        "with custom logits processors": bool(
+            vllm_config.model_config.logits_processors
+        ),
+    }
+    for setting, applies in refused.items():
+        if applies:
+            raise UnsupportedSettingError(
+                f"sink eviction does not support model runner V2 {setting}; "
+                "VLLM_USE_V2_MODEL_RUNNER=0 takes the other runner"
+            )
 
 
 def _check_sink_token(vllm_config: VllmConfig, token: int | None) -> None:

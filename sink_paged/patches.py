@@ -63,11 +63,11 @@ def _get_attn_backend_cls(
 ) -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from sink_paged.engine import BACKEND_PATH
+    from sink_paged.platforms import CPU
 
     custom = AttentionBackendEnum.CUSTOM
-    if selected_backend is custom and custom.get_path() == BACKEND_PATH:
-        return BACKEND_PATH
+    if selected_backend is custom and custom.get_path() == CPU.backend:
+        return CPU.backend
     return original(cls, selected_backend, *args, **kwargs)
 
 

@@ -36,6 +36,7 @@ def register() -> None:
     from sink_paged import kv_cache, models
     from sink_paged.hooks import HOOKS
     from sink_paged.patching import find
+    from sink_paged.platforms import find_platform
 
     register_hooks = find(patches.ENGINE_HOOKS)
     if register_hooks is not None:
@@ -44,4 +45,6 @@ def register() -> None:
         patch.install()
     kv_cache.register()
     models.register()
-    register_backend(AttentionBackendEnum.CUSTOM, engine.BACKEND_PATH)
+    platform = find_platform()
+    if platform is not None:
+        register_backend(AttentionBackendEnum.CUSTOM, platform.backend)

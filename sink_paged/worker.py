@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's worker with streams: chosen by ``parallel_config.worker_cls``."""
+"""vLLM's workers with streams, chosen by ``parallel_config.worker_cls``.
+
+Each rank of a tensor-parallel group has its own: it reads and proves the rotations of
+its shard, and keeps the state of all streams, as vLLM's workers do.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -16,13 +21,17 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.worker.cpu_worker import CPUWorker
 
+from sink_paged import runner_v2, streams
 from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
-from sink_paged.streams import enable_streams, restore_text
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as Stock
+else:
+    Stock = object
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
@@ -46,12 +55,60 @@ def resident_config(vllm_config: VllmConfig) -> VllmConfig:
     return resident
 
 
-class SinkCPUWorker(CPUWorker):
-    """CPU worker whose streams keep sinks and a window."""
+def stream_specs(
+    stock: Mapping[str, KVCacheSpec], vllm_config: VllmConfig
+) -> dict[str, KVCacheSpec]:
+    """The layers' caches, each kept by its layer's window.
+
+    Args:
+        stock: what vLLM's runner makes of the layers.
+        vllm_config: of the worker.
+
+    Raises:
+        UnsupportedLayerError: naming a layer whose cache cannot be kept so.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    specs: dict[str, SinkWindowSpec] = {}
+    for name, spec in stock.items():
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+            raise UnsupportedLayerError(
+                f"sink eviction does not support layer {name}: its KV cache is a "
+                f"{type(spec).__name__}, not one of keys and values"
+            )
+        specs[name] = SinkWindowSpec.from_attention(spec, layers[name].impl.window)
+    shapes = {(s.num_kv_heads, s.head_size): name for name, s in specs.items()}
+    if len(shapes) > 1:
+        raise UnsupportedLayerError(
+            "sink eviction does not support layers whose KV caches differ in heads or "
+            f"head size, as those of {' and '.join(shapes.values())} do"
+        )
+    windows = {str(spec.blocks.window): name for name, spec in specs.items()}
+    if len(windows) > 1 and (
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    ):
+        raise UnsupportedLayerError(
+            "sink eviction does not support --disable-hybrid-kv-cache-manager for a "
+            "model with sliding-window layers: they keep other tokens than its global "
+            f"layers, as {' and '.join(windows.values())} do"
+        )
+    return dict(specs)
+
+
+class StreamWorker(Stock):
+    """Put before one of vLLM's workers: its streams keep sinks and a window."""
+
+    vllm_config: VllmConfig
+    model_runner: Any
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        """See ``CPUWorker``."""
+        """See vLLM's ``Worker``."""
         super().__init__(resident_config(vllm_config), *args, **kwargs)
+
+    def init_device(self) -> None:
+        """Make the model runner, one whose requests may be streams."""
+        super().init_device()
+        if self.vllm_config.use_v2_model_runner:
+            runner_v2.adopt_runner(self.model_runner)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and bind its rotary geometry to the attention layers."""
@@ -61,62 +118,25 @@ class SinkCPUWorker(CPUWorker):
         bind_rotations(
             runner.get_model(), self.vllm_config, capacity, runner.max_num_tokens
         )
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The layers' caches, each kept by its layer's window."""
-        layers = self.vllm_config.compilation_config.static_forward_context
-        specs: dict[str, SinkWindowSpec] = {}
-        for name, spec in super().get_kv_cache_spec().items():
-            if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
-                raise UnsupportedLayerError(
-                    f"sink eviction does not support layer {name}: its KV cache is a "
-                    f"{type(spec).__name__}, not one of keys and values"
-                )
-            specs[name] = SinkWindowSpec.from_attention(spec, layers[name].impl.window)
-        shapes = {(s.num_kv_heads, s.head_size): name for name, s in specs.items()}
-        if len(shapes) > 1:
-            raise UnsupportedLayerError(
-                "sink eviction does not support layers whose KV caches differ in heads "
-                f"or head size, as those of {' and '.join(shapes.values())} do"
-            )
-        windows = {str(spec.blocks.window): name for name, spec in specs.items()}
-        scheduler = self.vllm_config.scheduler_config
-        if len(windows) > 1 and scheduler.disable_hybrid_kv_cache_manager:
-            raise UnsupportedLayerError(
-                "sink eviction does not support --disable-hybrid-kv-cache-manager for "
-                "a model with sliding-window layers: they keep other tokens than its "
-                f"global layers, as {' and '.join(windows.values())} do"
-            )
-        return dict(specs)
+        stock_specs = runner.get_kv_cache_spec
+        # The runner asks itself when it measures what CUDA graphs take.
+        runner.get_kv_cache_spec = lambda: stream_specs(stock_specs(), self.vllm_config)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> Any:
         """Run a step, then forget what it has read of its texts."""
         runner = self.model_runner
+        if self.vllm_config.use_v2_model_runner:
+            return super().execute_model(scheduler_output, *args, **kwargs)
         batch, requests = runner.input_batch, runner.requests
         rows_before = batch.num_reqs
         returning = scheduler_output.scheduled_cached_reqs.all_token_ids
         for request_id, token_ids in returning.items():
-            restore_text(requests[request_id], token_ids)
+            streams.restore_text(requests[request_id], token_ids)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         batch.forget_read(rows_before)
         return output
-
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample; requests still in their prompt keep their random state.
-
-        vLLM draws for them too and then winds their generators back, which CPU
-        generators cannot. Here they are out of its sight until it is done.
-        """
-        runner = self.model_runner
-        generators = runner.input_batch.generators
-        unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
-        kept = {row: generators.pop(row) for row in list(generators) if unfinished[row]}
-        try:
-            return super().sample_tokens(*args, **kwargs)
-        finally:
-            generators.update(kept)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; refuses too few in terms of a stream's bound."""
@@ -140,7 +160,8 @@ class SinkCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
-        enable_streams(self.model_runner)
+        version = runner_v2 if self.vllm_config.use_v2_model_runner else streams
+        version.enable_streams(self.model_runner)
         policies = [
             group.kv_cache_spec.blocks for group in kv_cache_config.kv_cache_groups
         ]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's CPU worker with streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from sink_paged.worker import StreamWorker
+
+
+class SinkCPUWorker(StreamWorker, CPUWorker):
+    """CPU worker whose streams keep sinks and a window."""
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample; requests still in their prompt keep their random state.
+
+        vLLM draws for them too and then winds their generators back, which CPU
+        generators cannot. Here they are out of its sight until it is done.
+        """
+        runner = self.model_runner
+        if self.vllm_config.use_v2_model_runner:  # draws from seeds, not generators
+            return super().sample_tokens(*args, **kwargs)
+        generators = runner.input_batch.generators
+        unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        kept = {row: generators.pop(row) for row in list(generators) if unfinished[row]}
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            generators.update(kept)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sink eviction brings for each platform of vLLM."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vllm.platforms import current_platform
+
+
+class Platform(NamedTuple):
+    """Classes by path, and what they take.
+
+    Attributes:
+        backend: the attention backend.
+        worker: the worker.
+        stock_worker: the worker of vLLM that it extends.
+        kv_cache_dtypes: legal values of ``--kv-cache-dtype``.
+    """
+
+    backend: str
+    worker: str
+    stock_worker: str
+    kv_cache_dtypes: frozenset[str]
+
+
+KV_CACHE_DTYPES = frozenset({"auto", "float32", "float16", "bfloat16"})
+CPU = Platform(
+    backend="sink_paged.attention.cpu_backend.SinkCPUAttentionBackend",
+    worker="sink_paged.cpu_worker.SinkCPUWorker",
+    stock_worker="vllm.v1.worker.cpu_worker.CPUWorker",
+    kv_cache_dtypes=KV_CACHE_DTYPES,
+)
+CUDA = Platform(
+    backend="sink_paged.attention.triton_backend.SinkTritonAttentionBackend",
+    worker="sink_paged.gpu_worker.SinkGPUWorker",
+    stock_worker="vllm.v1.worker.gpu_worker.Worker",
+    kv_cache_dtypes=KV_CACHE_DTYPES | {"fp8", "fp8_e4m3", "fp8_e5m2"},
+)
+
+
+def find_platform() -> Platform | None:
+    """What there is for the platform that vLLM runs on; None for any other."""
+    if current_platform.is_cpu():
+        return CPU
+    return CUDA if current_platform.is_cuda() else None
