@@ -29,14 +29,18 @@ class EngineHooks:
                 engine_args.additional_config, settings
             )
 
-    def check_args(self, engine_args: Any) -> None:
-        """Refuse wrong settings before anything of the engine is built."""
+    def update_args(self, engine_args: Any) -> None:
+        """Refuse wrong settings before anything of the engine is built.
+
+        And choose the executor, while it can be seen whether the user has.
+        """
         settings = sink_settings(engine_args.additional_config)
         if settings is not None:
-            from sink_paged import engine
+            from sink_paged import engine, executor
 
             engine.check_vllm_version()
             SinkConfig.from_mapping(settings)
+            executor.choose_executor(engine_args)
 
     def update_config(self, vllm_config: Any) -> None:
         """Make the config that of a streaming engine."""

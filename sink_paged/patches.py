@@ -33,7 +33,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
 def _create_engine_config(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    HOOKS.check_args(self)
+    HOOKS.update_args(self)
     vllm_config = original(self, *args, **kwargs)
     HOOKS.update_config(vllm_config)
     return vllm_config
