@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 )
 
 from sink_paged.config import StreamConfig
+from sink_paged.platforms import find_platform
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
 from sink_paged.window import layer_window
 
@@ -129,6 +130,8 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         Raises:
             UnsupportedLayerError: with the reason.
         """
+        platform = find_platform()
+        assert platform is not None, "vLLM's platform has been checked"
         refused = {
             f"it is {self.attn_type} attention, not decoder attention": (
                 self.attn_type != AttentionType.DECODER
@@ -137,7 +140,7 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
                 self.kv_sharing_target_layer_name is not None
             ),
             f"its KV cache is stored as {self.kv_cache_dtype}": (
-                self.kv_cache_dtype.startswith(("fp8", "int", "nvfp4"))
+                self.kv_cache_dtype not in platform.kv_cache_dtypes
             ),
         }
         for reason, applies in refused.items():

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sink attention on CUDA, as vLLM calls it.
+
+Stands in for ``vllm/v1/attention/backends/triton_attn.py``, with the same cache and the
+same kernel that writes into it.
+
+What a launch looks like depends on the shapes and integers of the metadata alone, so a
+batch of any kind can be captured in a CUDA graph: vLLM captures with the most requests
+and the longest query that a graph will serve, and the tensors are its own, which stay
+where they are. A padded request has no rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionLayer,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
+    triton_reshape_and_cache_flash,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from sink_paged.attention.backend import (
+    SinkAttentionBackend,
+    SinkAttentionImpl,
+    SinkAttentionMetadata,
+    SinkAttentionMetadataBuilder,
+)
+from sink_paged.attention.triton import Workspace, sink_attention
+from sink_paged.rotary import UnsupportedLayerError
+
+MAX_HEAD_SIZE = 256
+
+
+@dataclass
+class SinkTritonMetadata(SinkAttentionMetadata):
+    """One step's batch, and what the kernel's launch depends on.
+
+    Attributes:
+        max_query_len: no request has more tokens in the step.
+        workspace: for the partial results of decodes, of one layer at a time.
+    """
+
+    max_query_len: int
+    workspace: Workspace
+
+
+class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
+    """Passes the batch on, with memory that was allocated once."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        """See ``AttentionMetadataBuilder``."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        if num_heads is None:
+            num_heads = vllm_config.model_config.get_num_attention_heads(
+                vllm_config.parallel_config
+            )
+        self.workspace = Workspace(
+            num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, device
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SinkTritonMetadata:
+        """Metadata of a step."""
+        batch = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        shared = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        return SinkTritonMetadata(
+            **shared,
+            max_query_len=common_attn_metadata.max_query_len,
+            workspace=self.workspace,
+        )
+
+
+class SinkTritonAttentionImpl(SinkAttentionImpl):
+    """Attention of one layer by the Triton kernel."""
+
+    def check_supported(self) -> None:
+        """See ``SinkAttentionImpl``; an 8-bit cache needs a GPU that has the type."""
+        super().check_supported()
+        if self.kv_cache_dtype.startswith("fp8") and not (
+            current_platform.has_device_capability(89)
+        ):
+            raise UnsupportedLayerError(
+                f"its KV cache is stored as {self.kv_cache_dtype}, which needs a GPU "
+                "of compute capability 8.9"
+            )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SinkTritonMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; ``key`` and ``value`` are in the cache already.
+
+        Args:
+            layer: the calling layer, whose ``_k_scale`` and ``_v_scale`` are the
+                factors of an 8-bit cache, float32 scalars on the device.
+            query: ``[num_tokens, num_heads, head_size]``, rotated at text positions.
+            key: unused.
+            value: unused.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, uint8
+                for an 8-bit cache.
+            attn_metadata: the batch; None while vLLM profiles.
+            output: ``[num_tokens, num_heads, head_size]``, written in place.
+            output_scale: unsupported.
+            output_block_scale: unsupported.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("sink_paged does not quantise its output")
+        scales = (None, None)
+        if self.kv_cache_dtype.startswith("fp8"):
+            # The kernel that writes stores every 8-bit dtype as this one.
+            kv_cache = kv_cache.view(current_platform.fp8_dtype())
+            scales = (layer._k_scale, layer._v_scale)
+        rotations = self.rotations
+        sink_attention(
+            query,
+            kv_cache,
+            output,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            None if rotations is None else rotations.sink_rotation,
+            window=self.window,
+            scale=self.scale,
+            interleaved=rotations is not None and rotations.geometry.interleaved,
+            alibi_slopes=self.alibi_slopes,
+            soft_cap=self.soft_cap,
+            sink_logits=self.sink_logits,
+            k_scale=scales[0],
+            v_scale=scales[1],
+            max_query_len=attn_metadata.max_query_len,
+            workspace=attn_metadata.workspace,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Write the step's keys, values: ``[num_tokens, num_kv_heads, head_size]``."""
+        keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+        triton_reshape_and_cache_flash(
+            key,
+            value,
+            keys,
+            values,
+            slot_mapping,
+            self.kv_cache_dtype,
+            layer._k_scale,
+            layer._v_scale,
+        )
+
+
+class SinkTritonAttentionBackend(SinkAttentionBackend):
+    """The Triton kernel's backend."""
+
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        *SinkAttentionBackend.supported_kv_cache_dtypes,
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+    ]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Multiples of 8 dims."""
+        return head_size % 8 == 0 and head_size <= MAX_HEAD_SIZE
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """A layer's own sliding window."""
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Any order; with a head's slots side by side a program reads whole pages."""
+        return (
+            KVCacheLayout.LBHNC,
+            KVCacheLayout.LBNHC,
+            KVCacheLayout.BLHNC,
+            KVCacheLayout.BLNHC,
+        )
+
+    @staticmethod
+    def get_impl_cls() -> type[SinkTritonAttentionImpl]:
+        """The layer implementation."""
+        return SinkTritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SinkTritonMetadataBuilder]:
+        """The metadata builder."""
+        return SinkTritonMetadataBuilder
