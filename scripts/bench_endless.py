@@ -47,6 +47,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 import numpy as np
 import psutil
 from provenance import provenance
+from streams.random_llama import write_random_llama
 from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -59,6 +60,16 @@ TENTHS = 10
 CHUNK = 2048
 MEMORY_SECONDS = 0.5
 SHORT_PROMPT, SHORT_OUTPUT, SHORT_AT_ONCE = 96, 32, 3
+SHAPE_7M = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+"""Of the random model; most of its token ids are above 256."""
 
 
 class BlockUsage(StatLoggerBase):
@@ -338,26 +349,6 @@ def progress(total: int, name: str) -> Any:
     )
 
 
-def write_random_model(folder: str, vocab: int) -> None:
-    """A Llama of 7 million random weights; most of its token ids are above 256."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def run_model(
     model: str, vocab: int, args: argparse.Namespace, save: Callable[[Any], None]
 ) -> None:
@@ -486,8 +477,8 @@ def main() -> None:
         for model in args.model or ["models/pocket", "random"]:
             path, vocab = model, 256
             if model == "random":
-                path, vocab = folder, 8_192
-                write_random_model(path, vocab)
+                path, vocab = folder, SHAPE_7M["vocab_size"]
+                write_random_llama(Path(path), 1024, **SHAPE_7M)
             run_model(path, vocab, args, functools.partial(save, model))
 
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the user asked for to workloads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from streams.workload import Workload
+
+MOST_BATCHED_TOKENS = 2048
+
+
+def workloads(args: argparse.Namespace, model: str, scratch: str) -> Iterator[Workload]:
+    """One repetition: all peers of a window and concurrency next to each other."""
+    for window in args.window:
+        for streams in args.concurrency:
+            for peer in args.peers:
+                yield Workload(
+                    peer=peer,
+                    model=model,
+                    streams=streams,
+                    window=window,
+                    sink_tokens=args.sink_tokens,
+                    prompt_tokens=args.prompt_tokens or window,
+                    text_tokens=text_tokens(args, window),
+                    pool_tokens=int(args.kv_windows * window),
+                    seconds=args.seconds,
+                    dtype=args.dtype,
+                    eager=args.eager,
+                    block_size=args.block_size,
+                    max_num_batched_tokens=args.max_num_batched_tokens
+                    or batched_tokens(window, args.kv_windows),
+                    seed=args.seed,
+                    kv_precision=args.openvino_kv_precision,
+                    scratch=scratch,
+                )
+
+
+def text_tokens(args: argparse.Namespace, window: int) -> int:
+    """Length at which a text ends."""
+    return int(args.length_windows * window)
+
+
+def batched_tokens(window: int, kv_windows: float) -> int:
+    """Most tokens in a step: a chunk must fit into the pool beside a window."""
+    windows = max(1.0, min(4.0, kv_windows / 2)) if kv_windows else 4.0
+    return min(MOST_BATCHED_TOKENS, int(windows * window))
+
+
+def check(args: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, or None."""
+    for window in args.window:
+        prompt = args.prompt_tokens or window
+        if args.sink_tokens >= window:
+            return f"--window {window} must be above --sink-tokens {args.sink_tokens}"
+        if text_tokens(args, window) < prompt + 2:
+            return (
+                f"texts of {args.length_windows:g} windows of {window} tokens end "
+                f"before two tokens follow a prompt of {prompt}: raise "
+                "--length-windows"
+            )
+        if args.kv_windows and args.kv_windows < 2:
+            return "--kv-windows must be at least 2: a stream, and a chunk of a prompt"
+    if min(args.concurrency) < 1:
+        return "--concurrency must be at least 1"
+    return None
