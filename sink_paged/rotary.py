@@ -73,6 +73,7 @@ class RotationTables:
 
     Attributes:
         digits: complex128 tables ``[RADIX or fewer, rotary_dim / 2]``, lowest first.
+        digits_as_real: the same memory, float64 ``[..., 2]``.
     """
 
     def __init__(self, frequencies: Tensor, device: torch.device) -> None:
@@ -85,6 +86,7 @@ class RotationTables:
             angles = positions[:, None] * frequencies
             self.digits.append(torch.polar(torch.ones_like(angles), angles).to(device))
             step *= RADIX
+        self.digits_as_real = [torch.view_as_real(digit) for digit in self.digits]
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Rotations of ``positions`` (int64 ``[num_tokens]``, not negative).
@@ -112,11 +114,14 @@ class StepRotations(ABC):
         style_is_open: the module does not say which dims form a pair.
         rotary: what takes the module's place.
         trained_length: positions below it rotate as the module does, bit for bit.
+        trained: the module's cos half and sin half of those positions,
+            ``[trained_length, rotary_dim]``.
         sink_rotation: float32 ``[max_tokens, rotary_dim]``, cos half and sin half of
             each query's second rotation.
     """
 
     rotary: Any
+    trained: Tensor
     style_is_open = False
 
     def __init__(
@@ -149,6 +154,9 @@ class StepRotations(ABC):
         Args:
             positions: text positions, int64 ``[num_tokens]``.
         """
+        if positions.is_cuda:
+            self.launch(positions)
+            return
         num_tokens = positions.shape[0]
         last = self.trained_length - 1
         near = self.trained_rows(positions.clamp(max=last))
@@ -159,6 +167,29 @@ class StepRotations(ABC):
         self.sink_rotation[:num_tokens].copy_(
             torch.cat((back.real, -back.imag), dim=-1)
         )
+
+    def launch(self, positions: Tensor) -> None:
+        """As ``set_positions``, by one Triton kernel, which a CUDA graph may hold."""
+        from sink_paged.rotation_kernel import rotate_rows
+
+        rotate_rows(
+            positions,
+            self.trained,
+            self.tables,
+            self.geometry.amplitude,
+            self.capacity,
+            *self.row_columns(),
+            self.sink_rotation,
+        )
+
+    @abstractmethod
+    def row_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the rows stand that ``rotary`` returns or rotates by.
+
+        Returns:
+            cos and sin, ``[max_tokens, width]`` each, with the same strides; and the
+            pair of dims that each column serves, int32 ``[width]``.
+        """
 
     @abstractmethod
     def trained_rows(self, positions: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class TransformersRotations(StepRotations):
                 and explains(table.to("cpu", torch.float64), frequencies, amplitude)
             ):
                 self.expand, self.shrink = expand, shrink
+                self.trained = table
                 break
         else:
             raise UnsupportedLayerError(
@@ -102,6 +103,8 @@ class TransformersRotations(StepRotations):
         position = torch.zeros(1, 1, dtype=torch.long, device=device)
         casts = rotary(half, position_ids=position)[0].dtype == torch.bfloat16
         self.rotary = BatchRows(max_tokens, cos.shape[-1], casts, device)
+        pairs = torch.arange(self.pairs, dtype=torch.int32, device=device)
+        self.columns = self.expand(pairs).contiguous()
 
     def call(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The module's float32 cos and sin, ``[num_tokens, width]`` each."""
@@ -115,6 +118,10 @@ class TransformersRotations(StepRotations):
         return torch.cat(
             (self.shrink(cos, self.pairs), self.shrink(sin, self.pairs)), 1
         )
+
+    def row_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The substitute's rows."""
+        return self.rotary.cos, self.rotary.sin, self.columns
 
     def set_rows(self, rows: Tensor) -> None:
         """Set what the substitute returns."""

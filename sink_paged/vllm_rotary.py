@@ -156,6 +156,12 @@ class VllmRotations(StepRotations):
             return look_up(batch_rows[: positions.shape[0]], *args, **kwargs)
 
         setattr(self.rotary, source.look_up, rotate)
+        self.pairs = torch.arange(geometry.rotary_dim // 2, device=device).int()
+
+    def row_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Both halves of the copy's table."""
+        cos, sin = getattr(self.rotary, self.table_name).chunk(2, dim=-1)
+        return cos, sin, self.pairs
 
     def trained_rows(self, positions: Tensor) -> Tensor:
         """Rows of vLLM's table."""

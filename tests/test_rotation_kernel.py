@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel that sets a step's rotations, in Triton's interpreter, against eager."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from sink_paged.config import MAX_STREAM_TOKENS
+from sink_paged.rotary import StepRotations
+from sink_paged.transformers_rotary import TransformersRotations
+from sink_paged.vllm_rotary import VllmRotations
+from tests.test_rotary import CAPACITY, FAR, SCALINGS, make_rotary
+from tests.test_transformers_rotary import rotary_of
+
+NEAR = [0, 1, 2, 63, CAPACITY, CAPACITY + 1, 511]
+POSITIONS = torch.tensor([*NEAR, *FAR, 2**22 - 1, 2**22, 2**22 + 2**11, 2**30 + 12345])
+
+
+def rows_of(steps: StepRotations) -> list[Tensor]:
+    cos, sin, _ = steps.row_columns()
+    return [part.float() for part in (cos, sin, steps.sink_rotation)]
+
+
+def check(steps: StepRotations, tolerance: float = 1e-7) -> None:
+    """The same rows from both; the model's own, bit for bit, where it has them."""
+    steps.set_positions(POSITIONS)
+    eager = [part.clone() for part in rows_of(steps)]
+    for part in rows_of(steps):
+        assert part.any()
+    cos, sin, _ = steps.row_columns()
+    for part in (cos, sin, steps.sink_rotation):
+        part.fill_(float("nan"))
+    steps.launch(POSITIONS)
+    near = steps.trained_length > POSITIONS
+    for mine, theirs in zip(rows_of(steps), eager, strict=True):
+        mine, theirs = mine[: len(POSITIONS)], theirs[: len(POSITIONS)]
+        if tolerance == 1e-7:
+            assert torch.equal(mine[near], theirs[near])
+        error = (mine - theirs).abs().max()
+        assert error <= tolerance * max(1.0, steps.geometry.amplitude)
+    assert rows_of(steps)[0][len(POSITIONS) :].isnan().all(), "rows of no token"
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("neox", [True, False])
+def test_rows_of_vllms_modules(scaling: str, neox: bool) -> None:
+    check(VllmRotations(make_rotary(scaling, torch.float32, neox), CAPACITY, 32))
+
+
+def test_rows_in_the_models_dtype() -> None:
+    """A bfloat16 model casts its table, and the copy's table, at the first step.
+
+    Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds.
+    """
+    steps = VllmRotations(make_rotary("llama3", torch.float32), CAPACITY, 32)
+    steps.rotary.cos_sin_cache = steps.rotary.cos_sin_cache.bfloat16()
+    check(steps, tolerance=2**-8)
+    steps = VllmRotations(make_rotary("yarn", torch.bfloat16), CAPACITY, 32)
+    assert steps.trained.dtype == torch.bfloat16
+    check(steps, tolerance=2**-8)
+
+
+@pytest.mark.parametrize(
+    "family", ["Pythia, GPT-NeoX", "Llama, YaRN", "Cohere", "gpt-oss"]
+)
+def test_rows_of_hugging_face_modules(family: str) -> None:
+    """In every layout of the output: halves, pairs, and once."""
+    check(TransformersRotations(rotary_of(family), CAPACITY, 32))
+
+
+def test_stale_positions_do_no_harm() -> None:
+    """Behind a step's tokens the buffer may hold anything, also what is no position."""
+    steps = VllmRotations(make_rotary("default", torch.float32), CAPACITY, 8)
+    steps.launch(torch.tensor([5, -1, MAX_STREAM_TOKENS]))
+    expected = copy.copy(rows_of(steps)[0][0])
+    steps.launch(torch.tensor([5]))
+    assert torch.equal(rows_of(steps)[0][0], expected)
