@@ -14,6 +14,8 @@ from sink_paged.vllm_rotary import VllmRotations
 from tests.test_rotary import CAPACITY, FAR, SCALINGS, make_rotary
 from tests.test_transformers_rotary import rotary_of
 
+BFLOAT16_STEP = 2**-7
+"""Between bfloat16 numbers from 1 to 2."""
 NEAR = [0, 1, 2, 63, CAPACITY, CAPACITY + 1, 511]
 POSITIONS = torch.tensor([*NEAR, *FAR, 2**22 - 1, 2**22, 2**22 + 2**11, 2**30 + 12345])
 
@@ -56,10 +58,10 @@ def test_rows_in_the_models_dtype() -> None:
     """
     steps = VllmRotations(make_rotary("llama3", torch.float32), CAPACITY, 32)
     steps.rotary.cos_sin_cache = steps.rotary.cos_sin_cache.bfloat16()
-    check(steps, tolerance=2**-8)
+    check(steps, tolerance=BFLOAT16_STEP)
     steps = VllmRotations(make_rotary("yarn", torch.bfloat16), CAPACITY, 32)
     assert steps.trained.dtype == torch.bfloat16
-    check(steps, tolerance=2**-8)
+    check(steps, tolerance=BFLOAT16_STEP)
 
 
 @pytest.mark.parametrize(
