@@ -62,6 +62,7 @@ class EngineHooks:
         if stream is None or request.sampling_params is None:
             return
         self._check_size(vllm_config, stream, request)
+        self._check_runner_v2(vllm_config, request)
         if stream.sink_token_id is not None:
             from sink_paged.sink_token import prepend
 
@@ -92,6 +93,19 @@ class EngineHooks:
                 "most that a request gets which names no max_tokens",
                 parameter="min_tokens",
                 value=sampling.min_tokens,
+            )
+
+    def _check_runner_v2(self, vllm_config: Any, request: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+
+        budget = getattr(request.sampling_params, "thinking_token_budget", None)
+        if budget is not None and vllm_config.use_v2_model_runner:
+            raise VLLMValidationError(
+                "sink eviction does not support thinking_token_budget on model runner "
+                "V2, which looks for it in the whole text; a server with "
+                "VLLM_USE_V2_MODEL_RUNNER=0 does",
+                parameter="thinking_token_budget",
+                value=budget,
             )
 
 

@@ -42,6 +42,7 @@ def apply_penalties(
     in_output = torch.stack(
         [torch.from_numpy(counts.in_output) for _, counts in counted]
     )
+    in_prompt, in_output = in_prompt.to(logits.device), in_output.to(logits.device)
     came = in_output > 0
     penalised = logits.index_select(0, rows)
     apply_repetition_penalties(

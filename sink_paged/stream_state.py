@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
+PLACEHOLDER = -1
+"""vLLM's token that has been sampled but not yet copied from the device."""
+UNSEEN = -2
+"""A token that nobody asked for in time."""
+IN_FLIGHT = 2
+"""Placeholders of a stream that may yet become tokens."""
 TAIL_TOKENS = 64
 """Output tokens that stay readable, more where a bad word is longer."""
 
@@ -74,8 +80,16 @@ class OutputTokens(list[int]):
     def _add(self, ids: Iterable[int]) -> None:
         ids = list(ids)
         super().extend(ids)
+        self._count(ids, 1)
+        # vLLM goes back over placeholders, which must not be forgotten then.
+        stale = super().__len__() - IN_FLIGHT - 1
+        if stale >= 0 and super().__getitem__(stale) == PLACEHOLDER:
+            super().__setitem__(stale, UNSEEN)
+
+    def _count(self, ids: list[int], change: int) -> None:
         if self.counts is not None:
-            np.add.at(self.counts.in_output, ids, 1)
+            known = [token for token in ids if token >= 0]
+            np.add.at(self.counts.in_output, known, change)
 
     def forget(self) -> None:
         """Keep only the last tokens."""
@@ -114,9 +128,13 @@ class OutputTokens(list[int]):
         if (stop, step) != (len(self), 1):
             raise IndexError("only the last output tokens can be taken back")
         self._check_kept(start)
-        if self.counts is not None:
-            np.subtract.at(self.counts.in_output, self[start:], 1)
+        self._count(self[start:], -1)
         super().__delitem__(slice(start - self._forgotten, None))
+
+    def __setitem__(self, key: Any, ids: Any) -> None:
+        """Put other tokens in the place of the last ones, ``tokens[n:] = ids``."""
+        del self[key]
+        self.extend(ids)
 
     def _check_kept(self, index: int) -> None:
         if index < self._forgotten:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the worker remembers of a stream, against plain lists."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.penalties import apply_all_penalties
+from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from sink_paged.penalties import apply_penalties
 from sink_paged.stream_state import BlockIds, OutputTokens, TokenCounts
@@ -106,3 +109,31 @@ def test_penalties_are_those_of_vllm() -> None:
     assert torch.equal(actual, expected)
     metadata.no_penalties = True
     assert torch.equal(apply_penalties(logits.clone(), metadata, counted), logits)
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["penalised", "not asked for"])
+def test_placeholders_of_asynchronous_scheduling(asked: bool) -> None:
+    """vLLM's own code puts tokens in their places, once they are asked for."""
+    counts = TokenCounts(torch.tensor([], dtype=torch.int64), VOCAB)
+    output = OutputTokens([], 4, counts if asked else None)
+    batch = SimpleNamespace(
+        sampling_metadata=SimpleNamespace(output_token_ids=[output]),
+        prev_req_id_to_index={"stream": 0},
+        async_copy_ready_event=SimpleNamespace(synchronize=lambda: None),
+        req_ids=["stream"],
+    )
+    sampled = [7 * step % VOCAB for step in range(100)]
+    for step in range(len(sampled)):
+        if step and (asked or step == 99):
+            batch.sampled_token_ids_cpu = torch.tensor([[sampled[step - 1]]])
+            InputBatch.update_async_output_token_ids(batch)
+            assert output[-1] == sampled[step - 1]
+        if asked:
+            assert counts.in_output.sum() == step
+            assert output[-4:] == sampled[max(0, step - 4) : step]
+        output.append(-1)
+    assert len(output) <= 100
+    if asked:
+        assert len(output) == 100
+        expected = np.bincount(sampled[:-1], minlength=VOCAB)
+        assert counts.in_output.tolist() == expected.tolist()
