@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sink eviction adds to a step of vLLM, at equal resident tokens.
+
+A streaming engine and a stock one, with the same settings, decode in turns: a block of
+steps of the one, then of the other, so that both meet the same noise. A step is
+everything from the scheduler to the sampled tokens, the front end's share included.
+
+- ``inside``: texts within the window, the same in both engines;
+- ``past``: streams far past the window; the stock engine's texts have on average as
+  many tokens as the streams keep.
+
+Printed and written to ``--output-dir`` (``overhead.json``, ``overhead.png``): median
+step times, their ratio (ours over stock, below 1 is faster), and the quartiles of the
+ratios of neighbouring blocks. Example::
+
+    python scripts/bench_overhead.py --streams 1 8 32 --window 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from provenance import provenance
+from streams.random_llama import SHAPES, write_random_llama
+from tqdm import tqdm
+
+SINK_TOKENS = 4
+SETTLING_STEPS = 8
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run all cells, print and save."""
+    args = parse_arguments()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    # Both engines run in processes that they have for themselves.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = args.model
+        if model in SHAPES:
+            model = str(Path(scratch, "model"))
+            longest = 2 * args.window
+            write_random_llama(Path(model), longest, args.dtype, **SHAPES[args.model])
+        rows = measure(args, model)
+    document = {"provenance": provenance(), "settings": vars(args), "cells": rows}
+    path = args.output_dir / "overhead.json"
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    print(table(rows))
+    print(f"written: {path}, {plot(rows, args.output_dir / 'overhead.png')}")
+
+
+def measure(args: argparse.Namespace, model: str) -> list[Row]:
+    """A row for each number of streams and each side of the window."""
+    context = get_context("spawn")
+    engines: dict[str, Connection] = {}
+    children = []
+    for name in ("ours", "stock"):
+        engines[name], theirs = context.Pipe()
+        child = context.Process(target=serve, args=(theirs, name, model, args))
+        child.start()
+        theirs.close()
+        children.append(child)
+        engines[name].recv()  # started
+    rows = []
+    steps = args.blocks * args.steps
+    cells = [(side, n) for n in args.streams for side in ("inside", "past")]
+    try:
+        with tqdm(total=len(cells) * args.blocks, unit="block") as bar:
+            for side, streams in cells:
+                bar.set_description(f"{side}, {streams} streams")
+                lengths = text_lengths(side, args.window, steps + SETTLING_STEPS)
+                for name, connection in engines.items():
+                    command("begin", connection, streams, lengths[name], steps)
+                times: dict[str, list[list[float]]] = {"ours": [], "stock": []}
+                for block in range(args.blocks):
+                    order = list(engines) if block % 2 else list(engines)[::-1]
+                    for name in order:
+                        times[name].append(command("run", engines[name], args.steps))
+                    bar.update()
+                for connection in engines.values():
+                    command("end", connection)
+                rows.append({"side": side, "streams": streams} | compare(times))
+    finally:
+        for connection in engines.values():
+            connection.close()
+        for child in children:
+            child.join()
+    return rows
+
+
+def text_lengths(side: str, window: int, steps: int) -> dict[str, int]:
+    """Tokens of the prompts, so that both keep as many tokens on average."""
+    if side == "inside":
+        prompt = max(1, window - SINK_TOKENS - steps)
+        return {"ours": prompt, "stock": prompt}
+    return {"ours": 2 * window, "stock": max(1, window - steps // 2)}
+
+
+def command(verb: str, connection: Connection, *arguments: int) -> Any:
+    """Ask an engine's process for something and wait until it is done."""
+    connection.send((verb, *arguments))
+    return connection.recv()
+
+
+def serve(
+    connection: Connection, name: str, model: str, args: argparse.Namespace
+) -> None:
+    """An engine, in a process of its own, that steps when it is told to."""
+    requests = start(name, model, args)
+    connection.send("started")
+    rng = np.random.default_rng(0)
+    vocabulary = requests.engine.model_config.get_vocab_size()
+    while True:
+        try:
+            verb, *arguments = connection.recv()
+        except EOFError:
+            return
+        answer: list[float] = []
+        if verb == "begin":
+            streams, prompt_tokens, steps = arguments
+            for stream in range(streams):
+                prompt = rng.integers(vocabulary, size=prompt_tokens).tolist()
+                # None of them ends while it is timed.
+                requests.add(f"{stream}", prompt, steps + 4 * SETTLING_STEPS + streams)
+            writing: set[str] = set()
+            while len(writing) < streams:
+                writing |= {delta.name for delta in requests.step() if delta.tokens}
+            for _ in range(SETTLING_STEPS):
+                list(requests.step())
+        elif verb == "run":
+            for _ in range(arguments[0]):
+                begun = time.perf_counter()
+                deltas = list(requests.step())
+                answer.append(time.perf_counter() - begun)
+                assert deltas, "a step without a token is none to time"
+        else:
+            names = list(requests.engine.output_processor.request_states)
+            requests.engine.abort_request(names, internal=True)
+            while requests.busy:
+                list(requests.step())
+        connection.send(answer)
+
+
+def start(name: str, model: str, args: argparse.Namespace) -> Any:
+    """The engine ``ours`` or ``stock``."""
+    from streams.engine import Requests
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    options: dict[str, Any] = {"max_model_len": 2 * args.window}
+    if name == "ours":
+        settings = {
+            "sink_tokens": SINK_TOKENS,
+            "window_tokens": args.window - SINK_TOKENS - 1,
+        }
+        options = {
+            "max_model_len": args.window,
+            "additional_config": {"sink_paged": settings},
+        }
+    arguments = EngineArgs(
+        model,
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        enforce_eager=args.eager,
+        enable_prefix_caching=False,
+        max_num_seqs=max(args.streams),
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=int(args.kv_gib * 2**30),
+        **options,
+    )
+    engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+    return Requests(engine)
+
+
+def compare(times: dict[str, list[list[float]]]) -> Row:
+    """Medians in milliseconds, their ratio, quartiles of the blocks' ratios."""
+    medians = {
+        name: statistics.median([t for block in blocks for t in block])
+        for name, blocks in times.items()
+    }
+    ratios = [
+        statistics.median(ours) / statistics.median(stock)
+        for ours, stock in zip(times["ours"], times["stock"], strict=True)
+    ]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "ours_ms": 1e3 * medians["ours"],
+        "stock_ms": 1e3 * medians["stock"],
+        "ratio": medians["ours"] / medians["stock"],
+        "ratio_quartiles": [low, high],
+        "block_ratios": ratios,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each cell."""
+    lines = ["text    streams  stock ms   ours ms   ratio  quartiles of blocks"]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"{row['side']:<7}{row['streams']:>8}{row['stock_ms']:>10.2f}"
+            f"{row['ours_ms']:>10.2f}{row['ratio']:>8.3f}  {low:.3f} - {high:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> Path:
+    """The ratio of each pair of blocks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    labels = [f"{row['side']}\n{row['streams']}" for row in rows]
+    axes.boxplot([row["block_ratios"] for row in rows], tick_labels=labels)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xlabel("text, streams")
+    axes.set_ylabel("step time, ours over stock")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="random-29m", help=f"a folder or {', '.join(SHAPES)}")
+    add("--streams", nargs="+", type=int, default=[1, 8, 32])
+    add("--window", type=int, default=1024, help="resident tokens, sinks included")
+    add("--blocks", type=int, default=12, help="blocks of steps of each engine")
+    add("--steps", type=int, default=16, help="steps of a block")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--eager", action="store_true", help="without torch.compile")
+    add("--kv-gib", type=float, default=3.0, help="KV cache of each engine, GiB")
+    add("--output-dir", type=Path, default=Path("bench_out"))
+    args = parser.parse_args()
+    if args.window < 2 * (args.blocks * args.steps + SETTLING_STEPS):
+        parser.error("--window must be at least twice the steps that are timed")
+    if args.blocks < 2:
+        parser.error("--blocks must be at least 2")
+    return args
+
+
+if __name__ == "__main__":
+    main()
