@@ -52,8 +52,8 @@ def main() -> None:
         model = args.model
         if model in SHAPES:
             model = str(Path(scratch, "model"))
-            longest = 2 * args.window
-            write_random_llama(Path(model), longest, args.dtype, **SHAPES[args.model])
+            shape = SHAPES[args.model]
+            write_random_llama(Path(model), longest_text(args), args.dtype, **shape)
         rows = measure(args, model)
     document = {"provenance": provenance(), "settings": vars(args), "cells": rows}
     path = args.output_dir / "overhead.json"
@@ -73,7 +73,10 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
         child.start()
         theirs.close()
         children.append(child)
-        engines[name].recv()  # started
+        try:
+            engines[name].recv()  # started
+        except EOFError:
+            raise SystemExit(f"the {name} engine did not start; see above") from None
     rows = []
     steps = args.blocks * args.steps
     cells = [(side, n) for n in args.streams for side in ("inside", "past")]
@@ -81,9 +84,12 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
         with tqdm(total=len(cells) * args.blocks, unit="block") as bar:
             for side, streams in cells:
                 bar.set_description(f"{side}, {streams} streams")
-                lengths = text_lengths(side, args.window, steps + SETTLING_STEPS)
+                # While the last prompts are read, the first streams write.
+                settling = SETTLING_STEPS + streams
+                lengths = text_lengths(side, args.window, steps, settling)
+                most = steps + 2 * settling
                 for name, connection in engines.items():
-                    command("begin", connection, streams, lengths[name], steps)
+                    command("begin", connection, streams, lengths[name], most)
                 times: dict[str, list[list[float]]] = {"ours": [], "stock": []}
                 for block in range(args.blocks):
                     order = list(engines) if block % 2 else list(engines)[::-1]
@@ -101,12 +107,18 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
     return rows
 
 
-def text_lengths(side: str, window: int, steps: int) -> dict[str, int]:
+def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str, int]:
     """Tokens of the prompts, so that both keep as many tokens on average."""
     if side == "inside":
-        prompt = max(1, window - SINK_TOKENS - steps)
+        prompt = window - SINK_TOKENS - steps - settling
         return {"ours": prompt, "stock": prompt}
-    return {"ours": 2 * window, "stock": max(1, window - steps // 2)}
+    return {"ours": 2 * window, "stock": window - steps // 2 - settling}
+
+
+def longest_text(args: argparse.Namespace) -> int:
+    """Tokens that a text of the stock engine may have."""
+    settling = SETTLING_STEPS + max(args.streams)
+    return int(args.window + args.blocks * args.steps + 2 * settling)
 
 
 def command(verb: str, connection: Connection, *arguments: int) -> Any:
@@ -130,11 +142,10 @@ def serve(
             return
         answer: list[float] = []
         if verb == "begin":
-            streams, prompt_tokens, steps = arguments
+            streams, prompt_tokens, max_tokens = arguments
             for stream in range(streams):
                 prompt = rng.integers(vocabulary, size=prompt_tokens).tolist()
-                # None of them ends while it is timed.
-                requests.add(f"{stream}", prompt, steps + 4 * SETTLING_STEPS + streams)
+                requests.add(f"{stream}", prompt, max_tokens)
             writing: set[str] = set()
             while len(writing) < streams:
                 writing |= {delta.name for delta in requests.step() if delta.tokens}
@@ -160,7 +171,7 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    options: dict[str, Any] = {"max_model_len": 2 * args.window}
+    options: dict[str, Any] = {"max_model_len": longest_text(args)}
     if name == "ours":
         settings = {
             "sink_tokens": SINK_TOKENS,
@@ -250,8 +261,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--kv-gib", type=float, default=3.0, help="KV cache of each engine, GiB")
     add("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
-    if args.window < 2 * (args.blocks * args.steps + SETTLING_STEPS):
-        parser.error("--window must be at least twice the steps that are timed")
+    texts = args.blocks * args.steps + max(args.streams) + SETTLING_STEPS
+    if args.window < texts + 64:
+        parser.error(f"--window must be at least {texts + 64} for so many steps")
     if args.blocks < 2:
         parser.error("--blocks must be at least 2")
     return args
