@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel against the reference, in Triton's interpreter or on a GPU."""
 
+import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -354,9 +358,8 @@ def test_launch_reads_no_tensor(
     )
     (grid, _, options), *others = attend.launches
     assert not others
-    assert len(merge.launches) == (options["splits"] > 1)
+    assert len(merge.launches) == options["is_split"] == (max_query_len <= 4)
     assert math.prod(grid) <= 300
-    assert (options["splits"] > 1) == (max_query_len <= 4)
 
 
 def test_splits_follow_the_resident_keys() -> None:
@@ -367,3 +370,20 @@ def test_splits_follow_the_resident_keys() -> None:
         assert workspace.splits(streams * 8, 16, 64) == splits
     assert workspace.splits(8, 16, 3) == 2
     assert workspace.splits(8, 32, 64) == 16
+
+
+@pytest.mark.slow
+def test_compiles_for_hopper() -> None:
+    """Every kind of launch compiles, spills nothing and fits 99 KiB a program."""
+    listing = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.triton_hopper"],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    kernels = [json.loads(line) for line in listing.splitlines()]
+    assert {record["kernel"] for record in kernels} == {"attend", "merge"}
+    for record in kernels:
+        assert record["stack"] == 0, record
+        assert record["shared_memory"] <= 99 << 10, record

@@ -60,13 +60,15 @@ def _plan(rows: int, head_size: int, element: int) -> _Launch:
     Keys and values of a tile take 32 KiB at most; with one in flight while another is
     multiplied, the two or more programs of a multiprocessor keep its share of the
     memory's bandwidth in flight, and 99 KiB of shared memory suffice for any tile.
+    float32 products are three TF32 ones each and need more registers.
     """
     padded = _power_of_two(head_size)
     most_rows = MAX_ROWS if element < 4 else 32
     rows = min(_power_of_two(rows), most_rows * 128 // max(128, padded))
+    tile_bytes = 8 << 10 if element == 4 and rows > 16 else 16 << 10
     most_keys = 128 if rows <= 32 else 64
-    keys = min(most_keys, max(16, (16 << 10) // (padded * element)))
-    many = element == 4 or rows * padded > 64 * 128
+    keys = min(most_keys, max(16, tile_bytes // (padded * element)))
+    many = rows == 128 or rows * padded > 64 * 128 or padded * element > 512
     return _Launch(rows, keys, 8 if many else 4, 3)
 
 
@@ -75,8 +77,9 @@ class Workspace:
 
     Attributes:
         output: float32 `[programs * rows, head_size]`.
-        norm: float32 `[programs * rows]`.
+        norm: float32 `[programs * rows]`, base-2 logarithms.
         programs: how many programs a split launch has at most.
+        max_query_len: the most tokens of a decode.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Workspace:
             programs: programs that fill the device; by default two for each of its
                 multiprocessors.
         """
+        self.max_query_len = max_query_len
         self.programs = programs or 2 * _multiprocessors(device)
         group = num_heads // num_kv_heads
         size = self.programs * min(MAX_ROWS, _power_of_two(max_query_len * group))
@@ -176,25 +180,26 @@ def sink_attention(
     if output.dim() == 2:
         output = output.view(-1, num_heads, head_size)
     group = num_heads // num_kv_heads
-    most_rows = max_query_len * group
-    if most_rows > MAX_ROWS and num_tokens * num_heads < MAX_ROWS * _multiprocessors(
-        query.device
-    ):
-        most_rows = MAX_ROWS // 2  # more tiles, to fill the device
+    decode_len = 1 if workspace is None else workspace.max_query_len
+    most_rows = min(max_query_len, decode_len) * group
+    one_tile = max_query_len <= decode_len and most_rows <= MAX_ROWS
+    if not one_tile:  # half the rows where that gives the device more to do
+        full = num_tokens * num_heads >= MAX_ROWS * _multiprocessors(query.device)
+        most_rows = MAX_ROWS if full else MAX_ROWS // 2
     rows, keys, num_warps, num_stages = _plan(
         most_rows, head_size, query.element_size()
     )
-    one_tile = max_query_len * group <= rows
+    one_tile = one_tile and most_rows <= rows
     splits, partial_output, partial_norm = 1, None, None
-    if one_tile:
+    if not one_tile:
+        tiles = num_tokens * group // rows + num_requests
+    else:
         tiles = num_requests
         if workspace is not None:
             key_tiles = cdiv(window.window_tokens + max_query_len + block_size, keys)
             splits = workspace.splits(tiles * num_kv_heads, rows, key_tiles)
             if splits > 1:
                 partial_output, partial_norm = workspace.output, workspace.norm
-    else:
-        tiles = num_tokens * group // rows + num_requests
     if soft_cap:
         logit_scale, cap = 2 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
     else:
@@ -218,6 +223,7 @@ def sink_attention(
         logit_scale,
         cap,
         num_requests,
+        splits,
         num_columns,
         window.window_tokens,
         query.stride(0),
@@ -241,8 +247,8 @@ def sink_attention(
         rows=rows,
         keys=keys,
         sink_keys=min(keys, _power_of_two(max(1, window.sink_tokens))),
-        splits=splits,
         one_tile=one_tile,
+        is_split=splits > 1,
         num_warps=num_warps,
         num_stages=num_stages,
     )

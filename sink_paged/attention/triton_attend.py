@@ -20,80 +20,14 @@ from sink_paged.attention.triton_sinks import attend_sinks
 from sink_paged.attention.triton_tile import (
     LOG2_E,
     LOWEST,
+    attend_window,
     find_request,
     first_tile,
-    fold,
-    key_pointers,
     load_rows,
 )
 
 
-@triton.jit
-def attend_window(
-    acc,
-    norm,
-    peak,
-    q,
-    position,
-    first_key,
-    oldest,
-    end,
-    cache,
-    table,
-    column,
-    num_columns,
-    ring,
-    cache_block,
-    window_tokens,
-    logit_scale,
-    soft_cap,
-    slopes,
-    head_size: tl.constexpr,
-    padded: tl.constexpr,
-    block_size: tl.constexpr,
-    cache_slot: tl.constexpr,
-    keys: tl.constexpr,
-    masked: tl.constexpr,
-):
-    """Fold one tile of window keys into the softmax.
-
-    Positions and keys count from the block in `column`. Only keys in `[oldest, end)`
-    are read if masked; otherwise every row sees all of the tile.
-    """
-    key = first_key + tl.arange(0, keys)
-    valid = (key >= oldest) & (key < end)
-    pointers = key_pointers(
-        cache,
-        table,
-        column,
-        num_columns,
-        ring,
-        first_key,
-        valid,
-        cache_block,
-        keys,
-        block_size,
-        cache_slot,
-    )
-    k = load_rows(pointers, valid, head_size, padded, masked)
-    v = load_rows(pointers + head_size, valid, head_size, padded, masked)
-    distance = position[:, None] - key[None, :]
-    return fold(
-        acc,
-        norm,
-        peak,
-        tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3"),
-        v.to(q.dtype),
-        distance,
-        (distance >= 0) & (distance <= window_tokens),
-        logit_scale,
-        soft_cap,
-        slopes,
-        masked,
-    )
-
-
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "splits"])
 def attend(
     query,
     kv_cache,
@@ -111,6 +45,7 @@ def attend(
     logit_scale,
     soft_cap,
     num_requests,
+    splits,
     num_columns,
     window_tokens,
     query_token,
@@ -134,14 +69,14 @@ def attend(
     rows: tl.constexpr,
     keys: tl.constexpr,
     sink_keys: tl.constexpr,
-    splits: tl.constexpr,
     one_tile: tl.constexpr,
+    is_split: tl.constexpr,
 ):
     """Attention of one tile, KV head and part of the keys; see `triton.sink_attention`.
 
     Grid: tiles, KV heads, `splits`. With `one_tile` a request has one tile, its number.
-    With more than one split a program takes a share of the window's key tiles (the
-    first one the sinks too) and leaves its result for `triton_merge.merge`.
+    If the keys are split, a program takes a share of the window's key tiles (the first
+    one the sinks too) and leaves its result for `triton_merge.merge`.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -303,7 +238,7 @@ def attend(
         acc *= tl.load(v_scale)
     dim = tl.arange(0, padded)
     stored_dims = stored[:, None] & (dim < head_size)[None, :]
-    if splits == 1:
+    if not is_split:
         output_rows = output + batch_row * output_token + head * output_head
         tl.store(
             output_rows[:, None] + dim[None, :],

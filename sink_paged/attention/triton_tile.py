@@ -141,3 +141,68 @@ def fold(
         weights.to(values.dtype), values, acc * fade[:, None], input_precision="tf32x3"
     )
     return acc, norm, new_peak
+
+
+@triton.jit
+def attend_window(
+    acc,
+    norm,
+    peak,
+    q,
+    position,
+    first_key,
+    oldest,
+    end,
+    cache,
+    table,
+    column,
+    num_columns,
+    ring,
+    cache_block,
+    window_tokens,
+    logit_scale,
+    soft_cap,
+    slopes,
+    head_size: tl.constexpr,
+    padded: tl.constexpr,
+    block_size: tl.constexpr,
+    cache_slot: tl.constexpr,
+    keys: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """Fold one tile of window keys into the softmax.
+
+    Positions and keys count from the block in `column`. Only keys in `[oldest, end)`
+    are read if masked; otherwise every row sees all of the tile.
+    """
+    key = first_key + tl.arange(0, keys)
+    valid = (key >= oldest) & (key < end)
+    pointers = key_pointers(
+        cache,
+        table,
+        column,
+        num_columns,
+        ring,
+        first_key,
+        valid,
+        cache_block,
+        keys,
+        block_size,
+        cache_slot,
+    )
+    k = load_rows(pointers, valid, head_size, padded, masked)
+    v = load_rows(pointers + head_size, valid, head_size, padded, masked)
+    distance = position[:, None] - key[None, :]
+    return fold(
+        acc,
+        norm,
+        peak,
+        tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3"),
+        v.to(q.dtype),
+        distance,
+        (distance >= 0) & (distance <= window_tokens),
+        logit_scale,
+        soft_cap,
+        slopes,
+        masked,
+    )
