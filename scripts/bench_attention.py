@@ -29,6 +29,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from sink_paged.attention import cpu
+from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
 from sink_paged.window import BlockWindow, SinkWindow
 
 SINK_TOKENS = 4
@@ -76,18 +77,11 @@ def make_ours(case: Case, block_size: int) -> Callable[[], None]:
     angles = torch.randn(len(query), head_size // 2)
     rotation = torch.cat([angles.cos(), angles.sin()], dim=1)
 
+    attention = LayerAttention(heads, window=window, scale=head_size**-0.5)
+    step = Step.of(starts, seq_lens, table)
+
     def call() -> None:
-        cpu.sink_attention(
-            query,
-            cache,
-            output,
-            starts,
-            seq_lens,
-            table,
-            rotation,
-            window=window,
-            scale=head_size**-0.5,
-        )
+        attention.attend(query, cache, output, step, rotation)
 
     return call
 
@@ -159,8 +153,10 @@ def make_writes(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
     key, value = fused.unbind(1)
     isa = _get_attn_isa(dtype, BLOCK_SIZE, head_size)
 
+    writer = CacheWriter()
+
     def ours() -> None:
-        cpu.write_kv(key, value, cache, slots)
+        writer.write(key, value, cache, slots)
 
     def stock() -> None:
         ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)

@@ -1,45 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a kernel is told: offsets of its arguments in one block of memory.
 
-Every argument has 8 bytes: an address, a stride in bytes, a count or, marked so, a
-float64. The counters that the threads advance come first, on a cache line of their own.
+Every argument has 8 bytes: an address, a stride, a count or, marked so, a float64. What
+changes from call to call comes first, and begins with the counters that the threads
+advance, on a cache line of their own; what a layer keeps follows.
 """
 
 import struct
 from itertools import count
 
 ITEM, THREAD = 0, 8
-COUNTERS = struct.Struct("@2q48x")
+_COUNTERS = "@2q48x"
+_FIRST = struct.calcsize(_COUNTERS)
 
-_offset = count(COUNTERS.size, 8)
-
-# Of both kernels
-CACHE = next(_offset)
-CACHE_BLOCK = next(_offset)
-CACHE_HEAD = next(_offset)
-KIND = next(_offset)
-KV_HEADS = next(_offset)
-HEAD_SIZE = next(_offset)
-BLOCK_SIZE = next(_offset)
-COMMON = 7
-
-_offset = count(COUNTERS.size + 8 * COMMON, 8)
-
-# Of `store`
-KEY = next(_offset)
-KEY_TOKEN = next(_offset)
-KEY_HEAD = next(_offset)
-VALUE = next(_offset)
-VALUE_TOKEN = next(_offset)
-VALUE_HEAD = next(_offset)
-SLOTS = next(_offset)
-NUM_TOKENS = next(_offset)
-SHARE = next(_offset)
-STORE = struct.Struct(f"@2q48x{COMMON + 9}q")
-
-_offset = count(COUNTERS.size + 8 * COMMON, 8)
-
-# Of `attend`
+# Of each call of `attend`; strides of query and output in elements
+_offset = count(_FIRST, 8)
 QUERY = next(_offset)
 QUERY_TOKEN = next(_offset)
 QUERY_HEAD = next(_offset)
@@ -49,14 +24,40 @@ OUTPUT_HEAD = next(_offset)
 STARTS = next(_offset)
 SEQ_LENS = next(_offset)
 TABLE = next(_offset)
-TABLE_ROW = next(_offset)
+TABLE_ROW = next(_offset)  # bytes
 COLUMNS = next(_offset)
+REQUESTS = next(_offset)
+ATTEND_CALL = struct.Struct(f"{_COUNTERS}12q")
+
+# Of each call of `store`; strides in elements
+_offset = count(_FIRST, 8)
+KEY = next(_offset)
+KEY_TOKEN = next(_offset)
+KEY_HEAD = next(_offset)
+VALUE = next(_offset)
+VALUE_TOKEN = next(_offset)
+VALUE_HEAD = next(_offset)
+SLOTS = next(_offset)
+NUM_TOKENS = next(_offset)
+SHARE = next(_offset)
+STORE_CALL = struct.Struct(f"{_COUNTERS}9q")
+
+# Of a layer; strides in bytes
+LAYER = ATTEND_CALL.size
+_offset = count(LAYER, 8)
+CACHE = next(_offset)
+CACHE_BLOCK = next(_offset)
+CACHE_HEAD = next(_offset)
+KIND = next(_offset)
+KV_HEADS = next(_offset)
+HEAD_SIZE = next(_offset)
+BLOCK_SIZE = next(_offset)
+STORE_LAYER = struct.Struct("@7q")
+HEADS = next(_offset)
 ROTATION = next(_offset)
 ROTATION_ROW = next(_offset)
 ROTARY_DIM = next(_offset)
 INTERLEAVED = next(_offset)
-REQUESTS = next(_offset)
-HEADS = next(_offset)
 SINKS = next(_offset)
 RECENT = next(_offset)
 SLOPES = next(_offset)
@@ -72,4 +73,5 @@ PARTIALS = next(_offset)
 PARTIAL_BYTES = next(_offset)
 SCALE = next(_offset)  # float64
 SOFT_CAP = next(_offset)  # float64
-ATTEND = struct.Struct(f"@2q48x{COMMON + 30}q2d")
+ATTEND_LAYER = struct.Struct("@25q2d")
+SIZE = LAYER + ATTEND_LAYER.size

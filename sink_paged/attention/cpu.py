@@ -10,25 +10,12 @@ of the CPU's bfloat16 dot products; `pair` is 1 otherwise::
     values  [head_size / 16, block_size / pair, 16 dims, pair]
 """
 
-import functools
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from sink_paged.attention.arguments import ATTEND, STORE
-from sink_paged.attention.kernel import scratch_size
-from sink_paged.attention.launch import (
-    has_matrix_tiles,
-    load_kernels,
-    run,
-    workspace,
-)
-from sink_paged.window import SinkWindow, cdiv
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE_ROWS = 128  # of a query tile, which reads the keys once
-THREADED_STORE = 8192  # keys times dims from which a store is worth waking threads
+from sink_paged.attention.launch import has_matrix_tiles, load_kernels
+from sink_paged.attention.layer import KINDS, CacheWriter, LayerAttention, Step
+from sink_paged.window import SinkWindow
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -42,32 +29,6 @@ def prepare(dtype: torch.dtype) -> None:
     load_kernels()
     if dtype == torch.bfloat16:
         has_matrix_tiles()
-
-
-class _ScratchLayout(NamedTuple):
-    """Shape of a query tile, then sizes and offsets of scratch memory in bytes."""
-
-    tile_tokens: int
-    max_rows: int
-    partial_bytes: int
-    partials: int
-    scratch: int
-    scratch_bytes: int
-
-
-@functools.cache
-def _plan_scratch(
-    group: int, head_size: int, num_threads: int, may_split: bool
-) -> _ScratchLayout:
-    tile_tokens = max(1, TILE_ROWS // group)
-    max_rows = cdiv(tile_tokens * group, 16) * 16
-    partial_bytes = max_rows * (4 * head_size + 8) if may_split else 0
-    arrival_bytes = cdiv(8 * num_threads, 64) * 64
-    scratch = arrival_bytes + 2 * num_threads * partial_bytes
-    scratch_bytes = scratch_size(max_rows, head_size)
-    return _ScratchLayout(
-        tile_tokens, max_rows, partial_bytes, arrival_bytes, scratch, scratch_bytes
-    )
 
 
 def sink_attention(
@@ -112,76 +73,17 @@ def sink_attention(
         soft_cap: `cap * tanh(logit / cap)` before the ALiBi bias; 0 for none.
         sink_logits: float32 `[num_heads]`, a learned logit in the denominator only.
     """
-    _, num_heads, head_size = query.shape
-    _, num_kv_heads, block_size, _ = kv_cache.shape
-    if output.dim() == 2:
-        output = output.view(-1, num_heads, head_size)
-    dtype, element = query.dtype, query.element_size()
-    query_token, query_head, _ = query.stride()
-    output_token, output_head, _ = output.stride()
-    cache_block, cache_head, _, _ = kv_cache.stride()
-    num_requests, num_columns = block_table.shape
-    table_row, _ = block_table.stride()
-    matrix_tiles = (
-        dtype == torch.bfloat16 and head_size % 32 == 0 and has_matrix_tiles()
+    attention = LayerAttention(
+        query.shape[1],
+        window=window,
+        scale=scale,
+        interleaved=interleaved,
+        alibi_slopes=alibi_slopes,
+        soft_cap=soft_cap,
+        sink_logits=sink_logits,
     )
-    rotation, rotation_row, rotary_dim = 0, 0, 0
-    if sink_rotation is not None:
-        rotation_row, _ = sink_rotation.stride()
-        rotation, rotary_dim = sink_rotation.data_ptr(), sink_rotation.size(1)
-
-    # Scratch memory of the call: arrivals | partial results | one part per thread.
-    num_threads = torch.get_num_threads()
-    may_split = num_requests * num_kv_heads < num_threads
-    layout = _plan_scratch(num_heads // num_kv_heads, head_size, num_threads, may_split)
-    tile_tokens, max_rows, partial_bytes, partials, scratch, scratch_bytes = layout
-    arrivals = workspace.reserve(scratch + num_threads * scratch_bytes)
-    ATTEND.pack_into(
-        workspace.arguments,
-        0,
-        0,
-        0,
-        kv_cache.data_ptr(),
-        cache_block * element,
-        cache_head * element,
-        KINDS[dtype],
-        num_kv_heads,
-        head_size,
-        block_size,
-        query.data_ptr(),
-        query_token * element,
-        query_head * element,
-        output.data_ptr(),
-        output_token * element,
-        output_head * element,
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        block_table.data_ptr(),
-        4 * table_row,
-        num_columns,
-        rotation,
-        4 * rotation_row,
-        rotary_dim,
-        interleaved,
-        num_requests,
-        num_heads,
-        window.sink_tokens,
-        window.window_tokens,
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        0 if sink_logits is None else sink_logits.data_ptr(),
-        tile_tokens,
-        max_rows,
-        matrix_tiles,
-        num_threads if may_split else 1,
-        arrivals + scratch,
-        scratch_bytes,
-        arrivals,
-        arrivals + partials,
-        partial_bytes,
-        scale,
-        soft_cap,
-    )
-    run(load_kernels().attend, num_threads)
+    step = Step.of(query_start_loc, seq_lens, block_table)
+    attention.attend(query, kv_cache, output, step, sink_rotation)
 
 
 def write_kv(
@@ -196,36 +98,7 @@ def write_kv(
         slot_mapping: int64 `[num_tokens]`, `block * block_size + offset`; negative
             slots are padding and skipped.
     """
-    _, num_kv_heads, block_size, _ = kv_cache.shape
-    element, num_tokens = key.element_size(), min(len(key), len(slot_mapping))
-    cache_block, cache_head, _, _ = kv_cache.stride()
-    key_token, key_head, _ = key.stride()
-    value_token, value_head, _ = value.stride()
-    is_small = num_tokens * num_kv_heads * key.shape[-1] < THREADED_STORE
-    num_threads = 1 if is_small else torch.get_num_threads()
-    STORE.pack_into(
-        workspace.arguments,
-        0,
-        0,
-        0,
-        kv_cache.data_ptr(),
-        cache_block * element,
-        cache_head * element,
-        KINDS[key.dtype],
-        num_kv_heads,
-        key.shape[-1],
-        block_size,
-        key.data_ptr(),
-        key_token * element,
-        key_head * element,
-        value.data_ptr(),
-        value_token * element,
-        value_head * element,
-        slot_mapping.data_ptr(),
-        num_tokens,
-        cdiv(num_tokens, num_threads),
-    )
-    run(load_kernels().store, num_threads)
+    CacheWriter().write(key, value, kv_cache, slot_mapping)
 
 
 def read_kv(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

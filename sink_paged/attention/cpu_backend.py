@@ -6,12 +6,12 @@ Stands in for ``vllm/v1/attention/backends/cpu_attn.py``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionLayer
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
@@ -21,7 +21,34 @@ from sink_paged.attention.backend import (
     SinkAttentionMetadata,
     SinkAttentionMetadataBuilder,
 )
-from sink_paged.attention.cpu import prepare, sink_attention, write_kv
+from sink_paged.attention.cpu import prepare
+from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
+
+
+@dataclass
+class SinkCPUAttentionMetadata(SinkAttentionMetadata):
+    """One step's batch.
+
+    Attributes:
+        step: the batch as the kernel takes it.
+    """
+
+    step: Step
+
+
+class SinkCPUAttentionMetadataBuilder(SinkAttentionMetadataBuilder):
+    """Prepares once a step what the layers share."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SinkCPUAttentionMetadata:
+        """Metadata of a step."""
+        batch = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        step = Step.of(batch.query_start_loc, batch.seq_lens, batch.block_table)
+        return SinkCPUAttentionMetadata(**vars(batch), step=step)
 
 
 class SinkCPUAttentionImpl(SinkAttentionImpl):
@@ -31,6 +58,21 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
         """See ``SinkAttentionImpl``; compiles the kernel or loads it."""
         super().__init__(*args, **kwargs)
         prepare(get_current_vllm_config().model_config.dtype)
+        self._writer = CacheWriter()
+        self._attention: LayerAttention | None = None
+
+    def _prepare_attention(self) -> LayerAttention:
+        """The kernel's view of this layer, once the model is loaded."""
+        rotations = self.rotations
+        return LayerAttention(
+            self.num_heads,
+            window=self.window,
+            scale=self.scale,
+            interleaved=rotations is not None and rotations.geometry.interleaved,
+            alibi_slopes=self.alibi_slopes,
+            soft_cap=self.soft_cap,
+            sink_logits=self.sink_logits,
+        )
 
     def forward(
         self,
@@ -39,20 +81,20 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: SinkAttentionMetadata | None,
+        attn_metadata: Any,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend; ``key`` and ``value`` are in the cache already.
+        """Write keys and values to the cache, then attend.
 
         Args:
             layer: the calling layer.
             query: ``[num_tokens, num_heads, head_size]``, rotated at text positions.
-            key: unused.
-            value: unused.
+            key: ``[num_tokens, num_kv_heads, head_size]``, rotated likewise.
+            value: ``[num_tokens, num_kv_heads, head_size]``.
             kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
-            attn_metadata: the batch; None while vLLM profiles.
+            attn_metadata: a ``SinkCPUAttentionMetadata``; None while vLLM profiles.
             output: ``[num_tokens, num_heads, head_size]``, written in place.
             output_scale: unsupported.
             output_block_scale: unsupported.
@@ -61,38 +103,24 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
             return output
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("sink_paged does not quantise its output")
+        if self._attention is None:
+            self._attention = self._prepare_attention()
         rotations = self.rotations
-        sink_attention(
+        self._writer.write(key, value, kv_cache, attn_metadata.slot_mapping)
+        self._attention.attend(
             query,
             kv_cache,
             output,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
+            attn_metadata.step,
             None if rotations is None else rotations.sink_rotation,
-            window=self.window,
-            scale=self.scale,
-            interleaved=rotations is not None and rotations.geometry.interleaved,
-            alibi_slopes=self.alibi_slopes,
-            soft_cap=self.soft_cap,
-            sink_logits=self.sink_logits,
         )
         return output
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Write the step's keys, values: ``[num_tokens, num_kv_heads, head_size]``."""
-        write_kv(key, value, kv_cache, slot_mapping)
-
 
 class SinkCPUAttentionBackend(SinkAttentionBackend):
-    """The CPU kernel's backend."""
+    """The CPU kernel's backend; one dispatch a layer writes the cache and attends."""
+
+    forward_includes_kv_cache_update: bool = True
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -110,6 +138,6 @@ class SinkCPUAttentionBackend(SinkAttentionBackend):
         return SinkCPUAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[SinkAttentionMetadataBuilder]:
+    def get_builder_cls() -> type[SinkCPUAttentionMetadataBuilder]:
         """The metadata builder."""
-        return SinkAttentionMetadataBuilder
+        return SinkCPUAttentionMetadataBuilder

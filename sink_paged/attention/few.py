@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of up to 16 query rows, as of a decode, on matrix tiles; pages as in `cpu`.
 
-Sinks and window share one softmax, and as many keys as the scratch memory of a tile of
-many rows holds. A row of logits or weights is `[32 sinks | keys of the window]`.
+The keys of a span share one softmax update, the sinks that of the last span. A row of
+logits or weights is `[keys in whole matrix tiles | the rest of the keys | sinks]`, the
+last two each from a multiple of 16; their values are gathered in a buffer, so that
+slots that were never written are not multiplied (zero times a NaN is a NaN). What is
+read next is always asked for early, across the items of a thread too.
+
+A segment describes the keys of a span that lie in one page, see `_list_segments`.
 """
 
 from numba import types
 
 from sink_paged.attention.arguments import (
     BLOCK_SIZE,
+    COLUMNS,
     HEAD_SIZE,
     HEADS,
     KV_HEADS,
@@ -18,8 +24,13 @@ from sink_paged.attention.arguments import (
     SLOPES,
     SOFT_CAP,
 )
-from sink_paged.attention.matmul import multiply
-from sink_paged.attention.pages import add_value_tile, find_page, prefetch_page
+from sink_paged.attention.pages import (
+    find_column,
+    find_page,
+    gather_values,
+    page_in_column,
+    prefetch_values,
+)
 from sink_paged.attention.simd import (
     LOG2_E,
     jit,
@@ -28,85 +39,109 @@ from sink_paged.attention.simd import (
     load_i64,
     scale_row,
     store_f32,
+    store_i64,
     zero_half_row,
     zero_row,
 )
 from sink_paged.attention.softmax import (
     exp2,
-    exponentials,
     exponentials_bf16,
     general_logits,
     largest_of,
     mask,
 )
-from sink_paged.attention.tiles import multiply_tiles
+from sink_paged.attention.tiles import accumulate_tiles, multiply_tiles
 
 SPAN = 1024  # keys that share one softmax update
-SINK_COLUMNS = 32  # a matrix tile of values
-COLUMNS = SINK_COLUMNS + SPAN + 32
+ROW_COLUMNS = SPAN + 64
+MAX_SINKS = 32
+
+# A segment: its values for `accumulate_tiles`, then its keys.
+VALUES, STRIP, TILES, WEIGHTS, AHEAD, AHEAD_STRIP, KEYS, KEY_VECTORS = range(0, 64, 8)
+SEGMENT = 64
+SEGMENTS_SIZE = SEGMENT * (SPAN // 32 + 2)
 
 
 @jit
-def _multiply_keys(
+def _list_segments(
     args: int,
     request: int,
     kv_head: int,
     begin: int,
     end: int,
-    query: int,
-    logits: int,
-    next_values: int,
-) -> None:
-    """Products of query rows and the keys `[begin, end)`, `begin` a multiple of 32.
+    weights: int,
+    segments: int,
+) -> int:
+    """List the segments of the keys `[begin, end)`; their number, `begin` 32-aligned.
 
-    `next_values` is where the values lie that are read after the last key.
+    `TILES` counts whole tiles of 32 values, 0 in a segment of fewer.
     """
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    key_tile = 32 * head_size
-    key = begin
-    page = find_page(args, request, kv_head, key)
+    num_columns = load_i64(args + COLUMNS)
+    pinned = (load_i64(args + SINKS) + block_size - 1) // block_size
+    column, offset = find_column(args, begin // block_size), begin % block_size
+    key, segment = begin, segments
     while key < end:
-        offset = key % block_size
         run = min(block_size - offset, end - key)
-        next_page, next_stride = next_values, 32 * block_size
-        keys = page + offset // 16 * key_tile
-        if key + run < end:
-            page = find_page(args, request, kv_head, key + run)
-            next_page, next_stride = page, key_tile
-        multiply_tiles(
-            query,
-            2 * head_size,
-            keys,
-            64,
-            key_tile,
-            1024,
-            logits + 4 * (key - begin),
-            4 * COLUMNS,
-            1,
-            (run + 15) // 16,
-            head_size // 32,
-            0,
-            next_page,
-            next_stride,
-        )
+        page = page_in_column(args, request, kv_head, column)
+        values = page + 2 * block_size * head_size + 32 * offset
+        store_i64(segment + VALUES, values)
+        store_i64(segment + STRIP, 32 * block_size)
+        store_i64(segment + TILES, run // 32)
+        store_i64(segment + WEIGHTS, weights + 2 * (key - begin))
+        store_i64(segment + AHEAD_STRIP, 32 * block_size)
+        store_i64(segment + KEYS, page + 2 * offset * head_size)
+        store_i64(segment + KEY_VECTORS, (run + 15) // 16)
+        if key > begin:
+            store_i64(segment - SEGMENT + AHEAD, values)
         key += run
+        segment += SEGMENT
+        offset, column = types.int64(0), column + 1
+        if column == num_columns:
+            column = pinned
+    # The next two strips of the first page.
+    store_i64(segment - SEGMENT + AHEAD, load_i64(segments) + 64 * block_size)
+    return (segment - segments) // SEGMENT
 
 
 @jit
-def _prepare_range(
-    args: int, logits: int, low: int, high: int, slope: float, shift: int
+def _multiply_keys(
+    args: int, query: int, segments: int, count: int, logits: int, after: int
 ) -> None:
-    """Bias and cap the logits `[low, high)`; -inf around them, to whole vectors."""
-    low16, high16 = low & -16, (high + 15) & -16
-    soft_cap = types.float32(load_f64(args + SOFT_CAP))
-    if slope != 0 or soft_cap > 0:
-        scale = types.float32(load_f64(args + SCALE))
-        distance = types.float32(shift)
-        general_logits(logits, low16, high16, scale, soft_cap, slope, distance)
-    if low16 < low:
-        mask(logits, low16, low, high)
-    if high < high16:
-        mask(logits, high16 - 16, low, high)
+    """Products of query rows and the keys of segments; then what is read `after`."""
+    head_size = load_i64(args + HEAD_SIZE)
+    key_tile = 32 * head_size
+    for n in range(count):
+        segment = segments + n * SEGMENT
+        vectors = load_i64(segment + KEY_VECTORS)
+        following, stride = after, types.int64(0)
+        if n + 1 < count:
+            following, stride = load_i64(segment + SEGMENT + KEYS), key_tile
+        multiply_tiles(
+            query,
+            2 * head_size,
+            load_i64(segment + KEYS),
+            64,
+            key_tile,
+            1024,
+            logits,
+            4 * ROW_COLUMNS,
+            1,
+            vectors,
+            head_size // 32,
+            0,
+            following,
+            stride,
+        )
+        logits += 64 * vectors
+
+
+@jit
+def _mask_range(logits: int, begin: int, low: int, high: int, end: int) -> None:
+    """-inf in `[begin, end)` but for `[low, high)`; begin and end multiples of 16."""
+    for column in range(begin, end, 16):
+        if column < low or column + 16 > high:
+            mask(logits, column, low, high)
 
 
 @jit
@@ -118,109 +153,168 @@ def _update_softmax(
     sink_end: int,
     begin: int,
     end: int,
+    sink_column: int,
+    columns: int,
     weights: int,
     weights_half: int,
     sums: int,
     state: int,
 ) -> None:
-    """Turn the logits of the sinks, if any, and of keys `[begin, end)` into weights.
+    """Turn the logits of keys `[begin, end)`, and of sinks if any, into weights.
 
     Keys that a row does not attend weigh nothing in it.
     """
     group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
     head_size, slopes = load_i64(args + HEAD_SIZE), load_i64(args + SLOPES)
-    recent = load_i64(args + RECENT)
+    recent, capacity = load_i64(args + RECENT), load_i64(args + SINKS)
+    capacity += recent
+    scale = types.float32(load_f64(args + SCALE))
+    soft_cap = types.float32(load_f64(args + SOFT_CAP))
+    general = slopes != 0 or soft_cap > 0
     factor = types.float32(load_f64(args + SCALE) * LOG2_E)
-    slope = types.float32(0.0)
-    if slopes != 0 or load_f64(args + SOFT_CAP) > 0:
+    if general:
         factor = types.float32(1)
-    tiles_end = SINK_COLUMNS + ((end - begin + 31) & -32)
+    slope = types.float32(0.0)
     for row in range(rows):
         i = position + row // group
-        logits = weights + row * 4 * COLUMNS
-        half = weights_half + row * 2 * COLUMNS
-        if slopes != 0:
-            slope = load_f32(slopes + 4 * (first_head + row % group))
-        largest = previous = load_f32(state + 8 * row)
+        logits = weights + row * 4 * ROW_COLUMNS
+        half = weights_half + row * 2 * ROW_COLUMNS
+        low = min(max(i - recent - begin, 0), end - begin)
+        high = max(min(i + 1, end) - begin, low)
+        low16 = low & -16
         sinks = max(min(sink_end, i - recent), 0)
-        sinks16 = (sinks + 15) & -16
-        if sinks > 0:
-            shift = -min(i, load_i64(args + SINKS) + recent)
-            _prepare_range(args, logits, types.int64(0), sinks, slope, shift)
-            largest = max(largest, largest_of(logits, types.int64(0), sinks16) * factor)
-        low = SINK_COLUMNS + max(i - recent - begin, 0)
-        high = SINK_COLUMNS + min(i + 1, end) - begin
-        low16, high16 = low & -16, (high + 15) & -16
-        if low < high:
-            shift = begin - SINK_COLUMNS - i
-            _prepare_range(args, logits, low, high, slope, shift)
-            largest = max(largest, largest_of(logits, low16, high16) * factor)
-        else:
-            low16 = high16 = types.int64(SINK_COLUMNS)
+        if general:
+            if slopes != 0:
+                slope = load_f32(slopes + 4 * (first_head + row % group))
+            shift = types.float32(begin - i)
+            general_logits(logits, low16, sink_column, scale, soft_cap, slope, shift)
+            shift = types.float32(-sink_column - min(i, capacity))
+            general_logits(logits, sink_column, columns, scale, soft_cap, slope, shift)
+        if low16 < low:
+            mask(logits, low16, low, high)
+        _mask_range(logits, high & -16, low, high, sink_column)
+        _mask_range(logits, sink_column, sink_column, sink_column + sinks, columns)
+        previous = load_f32(state + 8 * row)
         total = load_f32(state + 8 * row + 4)
+        largest = max(previous, largest_of(logits, low16, columns) * factor)
         if largest > previous:
             decay = exp2(previous - largest)
             scale_row(sums + row * 4 * head_size, head_size, decay)
             total *= decay
             store_f32(state + 8 * row, largest)
-        if sinks > 0:
-            total += exponentials(logits, types.int64(0), sinks16, factor, largest)
-        total += exponentials_bf16(logits, low16, high16, factor, largest, half)
+        total += exponentials_bf16(logits, low16, columns, factor, largest, half)
         store_f32(state + 8 * row + 4, total)
-        zero_row(logits, sinks16, (sink_end + 15) & -16)
-        zero_half_row(half, types.int64(SINK_COLUMNS), low16)
-        zero_half_row(half, high16, tiles_end)
+        zero_half_row(half, types.int64(0), low16)
 
 
 @jit
-def _add_run(
+def _attend_span(
     args: int,
+    request: int,
+    kv_head: int,
+    position: int,
+    rows: int,
+    sink_end: int,
+    begin: int,
+    end: int,
+    sink_query: int,
+    query: int,
     weights: int,
-    page: int,
-    offset: int,
-    run: int,
-    written: int,
-    next_values: int,
+    weights_half: int,
     spare: int,
+    segments: int,
     sums: int,
+    state: int,
+    following: int,
 ) -> None:
-    """Add the weighted values of `run` tokens of a page, `written` of them written."""
+    """Add the keys `[begin, end)` and the sinks `[0, sink_end)` to a softmax."""
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    strip = 32 * block_size
-    values = page + 2 * block_size * head_size + 32 * offset
-    tiles = (run + 31) // 32
-    # Zero times a NaN is a NaN: slots that were never written are not multiplied.
-    whole = tiles if 32 * tiles <= written else tiles - 1
-    if whole > 0:
+    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    strips, strip = head_size // 16, 32 * block_size
+    whole = (end - begin) & -32
+    tail = end - begin - whole
+    sink_column = whole + ((tail + 15) & -16)
+    columns = (sink_column + sink_end + 31) & -32
+    # The first segment is that of the gathered values.
+    listed = segments + SEGMENT
+    count = types.int64(0)
+    if end > begin:
+        count = _list_segments(args, request, kv_head, begin, end, weights_half, listed)
+    last = segments + count * SEGMENT
+    first_values = load_i64(listed + VALUES) if whole > 0 else following
+    tail_values = load_i64(last + VALUES) + 1024 * load_i64(last + TILES)
+    if tail > 0:
+        prefetch_values(tail_values, strip, strips, tail)
+    sink_page, after = first_values, first_values
+    if sink_end > 0:
+        sink_page = find_page(args, request, kv_head, types.int64(0))
+        sink_values = sink_page + 2 * block_size * head_size
+        prefetch_values(sink_values, strip, strips, sink_end)
+        after = sink_page
+    _multiply_keys(args, query, listed, count, weights, after)
+    if sink_end > 0:
         multiply_tiles(
-            weights,
-            2 * COLUMNS,
-            values,
+            sink_query,
+            2 * head_size,
+            sink_page,
             64,
-            strip,
+            32 * head_size,
             1024,
-            sums,
-            4 * head_size,
+            weights + 4 * sink_column,
+            4 * ROW_COLUMNS,
             1,
-            head_size // 16,
-            whole,
-            1,
-            next_values,
+            (sink_end + 15) // 16,
+            head_size // 32,
+            0,
+            first_values,
             strip,
         )
-    if whole < tiles:
-        add_value_tile(
-            weights + 64 * whole,
-            2 * COLUMNS,
-            values + 1024 * whole,
-            strip,
-            types.int64(0),
-            run - 32 * whole,
-            types.int64(1),
-            head_size,
-            spare,
-            sums,
-        )
+    _update_softmax(
+        args,
+        position,
+        kv_head * group,
+        rows,
+        sink_end,
+        begin,
+        end,
+        sink_column,
+        columns,
+        weights,
+        weights_half,
+        sums,
+        state,
+    )
+    if count > 0 and load_i64(last + TILES) == 0:
+        count -= 1
+        if count > 0:
+            store_i64(last - SEGMENT + AHEAD, first_values + 2 * strip)
+    begin_segment = listed
+    if columns > whole:
+        tiles = (columns - whole) // 32
+        zero_row(spare, types.int64(0), 256 * tiles * strips)
+        if tail > 0:
+            gather_values(tail_values, strip, strips, tail, spare, 1024 * tiles)
+        if sink_end > 0:
+            target = spare + 32 * (sink_column - whole)
+            gather_values(sink_values, strip, strips, sink_end, target, 1024 * tiles)
+        store_i64(segments + VALUES, spare)
+        store_i64(segments + STRIP, 1024 * tiles)
+        store_i64(segments + TILES, tiles)
+        store_i64(segments + WEIGHTS, weights_half + 2 * whole)
+        store_i64(segments + AHEAD, spare)
+        store_i64(segments + AHEAD_STRIP, 1024 * tiles)
+        begin_segment = segments
+        count += 1
+    accumulate_tiles(
+        2 * ROW_COLUMNS,
+        begin_segment,
+        count,
+        strips,
+        sums,
+        4 * head_size,
+        following,
+        32 * head_size,
+    )
 
 
 @jit
@@ -233,105 +327,47 @@ def attend_few(
     sink_end: int,
     key_begin: int,
     key_end: int,
-    seq_len: int,
     sink_query: int,
     query: int,
     weights: int,
     weights_half: int,
     spare: int,
+    segments: int,
     sums: int,
     state: int,
+    following: int,
 ) -> None:
     """Add the sinks `[0, sink_end)` and the keys `[key_begin, key_end)` to a softmax.
 
-    Slots of attended pages are written up to `seq_len`.
+    `following` is where the keys lie that this thread reads next.
     """
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
-    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    values_offset = 2 * block_size * head_size
+    block_size = load_i64(args + BLOCK_SIZE)
     begin = key_begin & -32
-    while begin < key_end or sink_end > 0:
+    while True:
         end = begin + SPAN
         if end < key_end and block_size < SPAN:
             end -= end % block_size
         end = max(min(end, key_end), begin)
-        first_page = find_page(args, request, kv_head, begin)
-        first_values = first_page + values_offset + 32 * (begin % block_size)
-        if end % 32 != 0 and seq_len < (end | 31) + 1:
-            tail = end % 32
-            prefetch_page(args, request, kv_head, end - tail, tail, False)
-        sink_page = first_page
-        if sink_end > 0:
-            sink_page = find_page(args, request, kv_head, types.int64(0))
-            _multiply_keys(
-                args,
-                request,
-                kv_head,
-                types.int64(0),
-                sink_end,
-                sink_query,
-                weights,
-                first_page + begin % block_size * 2 * head_size,
-            )
-        _multiply_keys(
+        is_last = end >= key_end
+        _attend_span(
             args,
             request,
             kv_head,
-            begin,
-            end,
-            query,
-            weights + 4 * SINK_COLUMNS,
-            first_values,
-        )
-        _update_softmax(
-            args,
             position,
-            kv_head * group,
             rows,
-            sink_end,
+            max(sink_end, 0) if is_last else types.int64(0),
             begin,
             end,
+            sink_query,
+            query,
             weights,
             weights_half,
+            spare,
+            segments,
             sums,
             state,
+            following if is_last else types.int64(spare),
         )
-        if sink_end > 0:
-            # Few values, of which a matrix tile would read many more.
-            multiply(
-                types.int64(1),
-                weights,
-                4 * COLUMNS,
-                sink_page + values_offset,
-                64,
-                32 * block_size,
-                sums,
-                4 * head_size,
-                rows,
-                head_size // 16,
-                sink_end,
-                1,
-            )
-            sink_end = types.int64(0)
-        key, page = begin, first_page
-        while key < end:
-            offset = key % block_size
-            run = min(block_size - offset, end - key)
-            row = weights_half + 2 * (SINK_COLUMNS + key - begin)
-            this_page, next_values = page, page
-            if key + run < end:
-                page = find_page(args, request, kv_head, key + run)
-                next_values = page + values_offset
-            _add_run(
-                args,
-                row,
-                this_page,
-                offset,
-                run,
-                seq_len - key,
-                next_values,
-                spare,
-                sums,
-            )
-            key += run
+        if is_last:
+            return
         begin = end

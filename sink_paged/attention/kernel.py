@@ -37,9 +37,13 @@ from sink_paged.attention.arguments import (
     TILE_TOKENS,
 )
 from sink_paged.attention.chunk import WEIGHT_COLUMNS, attend_keys
-from sink_paged.attention.few import COLUMNS as FEW_COLUMNS
-from sink_paged.attention.few import attend_few
-from sink_paged.attention.pages import prefetch_page
+from sink_paged.attention.few import (
+    MAX_SINKS,
+    ROW_COLUMNS,
+    SEGMENTS_SIZE,
+    attend_few,
+)
+from sink_paged.attention.pages import find_page
 from sink_paged.attention.rows import (
     merge_parts,
     read_query,
@@ -67,9 +71,9 @@ MIN_PART = 128  # keys below which a part is not worth merging
 def scratch_size(max_rows: int, head_size: int) -> int:
     """Bytes of scratch memory that a thread needs, see `_attend_tile`."""
     # Many rows of a chunk hold few rows of a longer one.
-    assert max_rows * WEIGHT_COLUMNS >= 16 * FEW_COLUMNS
+    assert max_rows * WEIGHT_COLUMNS >= 16 * ROW_COLUMNS
     per_row = 16 * head_size + 6 * WEIGHT_COLUMNS + 8
-    return (max_rows * per_row + 64 * head_size + 64 + 63) // 64 * 64
+    return (max_rows * per_row + 128 * head_size + SEGMENTS_SIZE + 64 + 63) // 64 * 64
 
 
 @jit
@@ -82,8 +86,12 @@ def _attend_tile(
     item: int,
     parts: int,
     scratch: int,
+    following: int,
 ) -> None:
-    """Attention of `num_tokens` tokens of a request from `first_token`."""
+    """Attention of `num_tokens` tokens of a request from `first_token`.
+
+    `following` is where the keys of the thread's next tile lie.
+    """
     head_size, max_rows = load_i64(args + HEAD_SIZE), load_i64(args + MAX_ROWS)
     sinks, recent = load_i64(args + SINKS), load_i64(args + RECENT)
     group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
@@ -102,7 +110,8 @@ def _attend_tile(
     weights = sums + max_rows * 4 * head_size
     weights_half = weights + max_rows * 4 * WEIGHT_COLUMNS
     spare = weights_half + max_rows * 2 * WEIGHT_COLUMNS
-    state = spare + 64 * head_size
+    segments = spare + 128 * head_size
+    state = segments + SEGMENTS_SIZE
     if parts > 1:
         sums = load_i64(args + PARTIALS) + item * load_i64(args + PARTIAL_BYTES)
         state = sums + max_rows * 4 * head_size
@@ -113,12 +122,9 @@ def _attend_tile(
         begin_tiles(tile_config, min(rows, 16))
     else:
         weights_half = types.int64(0)
-    few = tiles == 1 and load_i64(args + BLOCK_SIZE) % 32 == 0 and sinks <= 32
+    few = tiles == 1 and load_i64(args + BLOCK_SIZE) % 32 == 0 and sinks <= MAX_SINKS
     sink_end = min(sinks, last - recent) if part == 0 else types.int64(0)
     rotate = load_i64(args + ROTATION) != 0 and sink_end > 0
-    if sink_end > 0 and rows <= 16:
-        first_run = min(sink_end, load_i64(args + BLOCK_SIZE), 16)
-        prefetch_page(args, request, kv_head, types.int64(0), first_run, True)
     read_query(args, first_row, kv_head, rows, tiles, rotate, query, sink_query, spare)
     for row in range(rows):
         logit, total = types.float32(-1e30), types.float32(0)
@@ -148,14 +154,15 @@ def _attend_tile(
             sink_end,
             key_begin,
             key_end,
-            seq_len,
             sink_query if rotate else query,
             query,
             weights,
             weights_half,
             spare,
+            segments,
             sums,
             state,
+            following,
         )
         sink_end = key_end = types.int64(0)
     if sink_end > 0:
@@ -208,7 +215,7 @@ def _attend_tile(
 def _count_parts(args: int) -> int:
     """Parts into which the keys of each tile are split."""
     threads, tile_tokens = load_i64(args + THREADS), load_i64(args + TILE_TOKENS)
-    if threads == 1:
+    if load_i64(args + REQUESTS) * load_i64(args + KV_HEADS) >= threads:
         return types.int64(1)
     starts, items = load_i64(args + STARTS), types.int64(0)
     for request in range(load_i64(args + REQUESTS)):
@@ -223,15 +230,53 @@ def _count_parts(args: int) -> int:
 
 
 @jit
+def _draw(args: int, item: int) -> int:
+    """The next work item of a thread whose last was `item`."""
+    if load_i64(args + THREADS) == 1:
+        return item + 1
+    return fetch_add(args + ITEM, 1)
+
+
+@jit
+def _find_following(
+    args: int, request: int, item: int, first_item: int, per_head: int
+) -> int:
+    """Where the window's keys of item `item` lie, if it is a decode in sight.
+
+    `first_item` is the first of `request`, which has `per_head` for each kv head.
+    """
+    num_kv_heads = load_i64(args + KV_HEADS)
+    if item >= first_item + per_head * num_kv_heads:
+        first_item += per_head * num_kv_heads
+        request += 1
+    if request >= load_i64(args + REQUESTS):
+        return types.int64(0)
+    starts = load_i64(args + STARTS) + 4 * request
+    num_tokens = types.int64(load_i32(starts + 4) - load_i32(starts))
+    kv_head = item - first_item
+    if num_tokens != 1 or kv_head >= num_kv_heads:
+        return types.int64(0)
+    last = types.int64(load_i32(load_i64(args + SEQ_LENS) + 4 * request)) - 1
+    key = max(last - load_i64(args + RECENT), 0) & -32
+    offset = key % load_i64(args + BLOCK_SIZE)
+    page = find_page(args, request, kv_head, key)
+    return page + 2 * offset * load_i64(args + HEAD_SIZE)
+
+
+@jit
 def attend(args: int) -> None:
-    """Body of one thread: draw work items until none is left."""
+    """Body of one thread: draw work items until none is left.
+
+    A thread draws a decode's successor early, to ask for its keys meanwhile.
+    """
     num_requests, num_kv_heads = load_i64(args + REQUESTS), load_i64(args + KV_HEADS)
     tile_tokens, starts = load_i64(args + TILE_TOKENS), load_i64(args + STARTS)
     thread, parts = fetch_add(args + THREAD, 1), _count_parts(args)
     scratch = load_i64(args + SCRATCH) + thread * load_i64(args + SCRATCH_BYTES)
     request, first_item = types.int64(0), types.int64(0)
     store_i64(scratch, 0)  # no tile configuration yet
-    item = fetch_add(args + ITEM, 1)
+    use_tiles = load_i64(args + MATRIX_TILES) != 0
+    item = _draw(args, types.int64(-1))
     while request < num_requests:
         start = load_i32(starts + 4 * request)
         num_tokens = types.int64(load_i32(starts + 4 * request + 4) - start)
@@ -242,6 +287,11 @@ def attend(args: int) -> None:
             continue
         local = (item - first_item) // parts
         kv_head, token = local // tiles, local % tiles * tile_tokens
+        is_early = use_tiles and num_tokens == 1 and parts == 1
+        following, next_item = types.int64(0), types.int64(0)
+        if is_early:
+            next_item = _draw(args, item)
+            following = _find_following(args, request, next_item, first_item, tiles)
         _attend_tile(
             args,
             request,
@@ -251,7 +301,8 @@ def attend(args: int) -> None:
             item,
             parts,
             scratch,
+            following if following != 0 else scratch,
         )
-        item = fetch_add(args + ITEM, 1)
-    if load_i64(args + MATRIX_TILES) != 0:
+        item = next_item if is_early else _draw(args, item)
+    if use_tiles:
         end_tiles()

@@ -129,37 +129,30 @@ def _find_parallel() -> Callable[..., Any] | None:
     return parallel
 
 
-class Workspace(threading.local):
-    """Memory that a calling thread keeps.
+class Scratch(NamedTuple):
+    """Memory of a kernel's threads: what keeps it alive, its aligned address."""
 
-    Attributes:
-        arguments: a kernel's arguments.
-        address: of `arguments`.
-    """
-
-    def __init__(self) -> None:
-        """Room for the largest `arguments` layout, and no scratch yet."""
-        self.arguments = ctypes.create_string_buffer(1024)
-        self.address = ctypes.addressof(self.arguments)
-        self._scratch: Tensor | None = None
-        self._start = self._size = 0
-
-    def reserve(self, nbytes: int) -> int:
-        """Aligned address of at least `nbytes` of scratch memory, zero when new."""
-        if self._size < nbytes:
-            self._scratch = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
-            self._size = nbytes
-            self._start = -(-self._scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
-        return self._start
+    memory: Tensor
+    address: int
+    nbytes: int
 
 
-workspace = Workspace()
+_local = threading.local()
 
 
-def run(kernel: Any, num_threads: int) -> None:
-    """Run a kernel on `workspace.arguments`, on torch's threads."""
+def reserve_scratch(nbytes: int) -> Scratch:
+    """At least `nbytes` of scratch memory of the calling thread, zero when new."""
+    scratch: Scratch | None = getattr(_local, "scratch", None)
+    if scratch is None or scratch.nbytes < nbytes:
+        memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+        address = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+        scratch = _local.scratch = Scratch(memory, address, nbytes)
+    return scratch
+
+
+def bind(kernel: Any, arguments: int, num_threads: int) -> Callable[[], object]:
+    """A call that runs a kernel on the arguments at an address, on torch's threads."""
     parallel = _find_parallel() if num_threads > 1 else None
     if parallel is None:
-        kernel.ctypes(workspace.address)
-    else:
-        parallel(kernel.address, workspace.address, num_threads, 0)
+        return functools.partial(kernel.ctypes, arguments)
+    return functools.partial(parallel, kernel.address, arguments, num_threads, 0)

@@ -27,14 +27,18 @@ from sink_paged.attention.tiles import multiply_tiles
 
 
 @jit
-def find_page(args: int, request: int, kv_head: int, key: int) -> int:
-    """Address of the page that holds text position `key`."""
+def find_column(args: int, block: int) -> int:
+    """Column of the block table that holds block `block` of a text."""
     block_size, sinks = load_i64(args + BLOCK_SIZE), load_i64(args + SINKS)
-    num_columns = load_i64(args + COLUMNS)
-    block, pinned = key // block_size, (sinks + block_size - 1) // block_size
-    column = block
-    if block >= pinned:
-        column = pinned + (block - pinned) % (num_columns - pinned)
+    pinned = (sinks + block_size - 1) // block_size
+    if block < pinned:
+        return block
+    return pinned + (block - pinned) % (load_i64(args + COLUMNS) - pinned)
+
+
+@jit
+def page_in_column(args: int, request: int, kv_head: int, column: int) -> int:
+    """Address of the page in a column of a request's block table."""
     row = load_i64(args + TABLE) + request * load_i64(args + TABLE_ROW)
     number = types.int64(load_i32(row + 4 * column))
     return (
@@ -42,6 +46,38 @@ def find_page(args: int, request: int, kv_head: int, key: int) -> int:
         + number * load_i64(args + CACHE_BLOCK)
         + kv_head * load_i64(args + CACHE_HEAD)
     )
+
+
+@jit
+def find_page(args: int, request: int, kv_head: int, key: int) -> int:
+    """Address of the page that holds text position `key`."""
+    column = find_column(args, key // load_i64(args + BLOCK_SIZE))
+    return page_in_column(args, request, kv_head, column)
+
+
+@jit
+def prefetch_values(values: int, strip: int, strips: int, count: int) -> None:
+    """Ask early for `count` bfloat16 values, from an even one, of every strip."""
+    for n in range(strips):
+        for line in range(0, 32 * count, 64):
+            prefetch(values + n * strip + line)
+
+
+@jit
+def gather_values(
+    values: int, strip: int, strips: int, count: int, target: int, target_strip: int
+) -> None:
+    """Copy `count` bfloat16 values, from an even one, of every strip.
+
+    The second of a last pair becomes 0: it may be a slot that was never written.
+    """
+    for n in range(strips):
+        source, line = values + n * strip, target + n * target_strip
+        for pair in range(count // 2):
+            copy_masked(source + 64 * pair, line + 64 * pair, types.int32(-1))
+        if count % 2 != 0:
+            at = 64 * (count // 2)
+            copy_masked(source + at, line + at, types.int32(0xFFFF))
 
 
 @jit

@@ -82,15 +82,14 @@ def read_query(
     """
     kind, head_size = load_i64(args + KIND), load_i64(args + HEAD_SIZE)
     group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    element = 4 if kind == 0 else 2
     one = types.float32(1)
     bytes_per_row = 2 * head_size if tiles else 4 * head_size
     for row in range(rows):
         token, head = first_row + row // group, kv_head * group + row % group
-        source = (
-            load_i64(args + QUERY)
-            + token * load_i64(args + QUERY_TOKEN)
-            + head * load_i64(args + QUERY_HEAD)
-        )
+        source = token * load_i64(args + QUERY_TOKEN)
+        source += head * load_i64(args + QUERY_HEAD)
+        source = load_i64(args + QUERY) + source * element
         target = query + row * bytes_per_row
         plain = spare if tiles else target
         if tiles:
@@ -119,13 +118,12 @@ def write_output(
     """Write the sums of a tile's rows, divided by the sums of their weights."""
     kind, head_size = load_i64(args + KIND), load_i64(args + HEAD_SIZE)
     group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    element = 4 if kind == 0 else 2
     for row in range(rows):
         token, head = first_row + row // group, kv_head * group + row % group
-        target = (
-            load_i64(args + OUTPUT)
-            + token * load_i64(args + OUTPUT_TOKEN)
-            + head * load_i64(args + OUTPUT_HEAD)
-        )
+        target = token * load_i64(args + OUTPUT_TOKEN)
+        target += head * load_i64(args + OUTPUT_HEAD)
+        target = load_i64(args + OUTPUT) + target * element
         factor = types.float32(1) / load_f32(state + 8 * row + 4)
         narrow_row(kind, sums + row * 4 * head_size, target, head_size, factor)
 

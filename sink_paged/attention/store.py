@@ -123,8 +123,8 @@ def _store_token(args: int, token: int) -> None:
     if slot < 0:
         return
     block, offset = slot // block_size, slot % block_size
-    key = load_i64(args + KEY) + token * load_i64(args + KEY_TOKEN)
-    value = load_i64(args + VALUE) + token * load_i64(args + VALUE_TOKEN)
+    key = load_i64(args + KEY) + token * load_i64(args + KEY_TOKEN) * element
+    value = load_i64(args + VALUE) + token * load_i64(args + VALUE_TOKEN) * element
     page = load_i64(args + CACHE) + block * load_i64(args + CACHE_BLOCK)
     strip = 16 * block_size * element
     for _ in range(num_kv_heads):
@@ -132,8 +132,8 @@ def _store_token(args: int, token: int) -> None:
         _store_key(kind, key, tile, offset % 16, head_size)
         values = page + block_size * head_size * element
         _store_value(kind, value, values, offset, head_size, strip)
-        key += load_i64(args + KEY_HEAD)
-        value += load_i64(args + VALUE_HEAD)
+        key += load_i64(args + KEY_HEAD) * element
+        value += load_i64(args + VALUE_HEAD) * element
         page += load_i64(args + CACHE_HEAD)
 
 

@@ -20,6 +20,7 @@ from sink_paged.attention.simd import (
     call_llvm,
     emit_variants,
     jit,
+    load,
     load_i32,
     offset_by,
     pointer_to,
@@ -83,14 +84,18 @@ def _number(number: int) -> Any:
     return ir.Constant(ir.IntType(8), number)
 
 
+def _prefetch_tile(builder: Any, address: Any) -> None:
+    flags = [ir.Constant(I32, n) for n in (0, 3, 1)]
+    for line in range(16):
+        pointer = _bytes_pointer(builder, offset_by(builder, address, 64 * line))
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+
+
 def _prefetch_tiles(builder: Any, address: Any, vectors: int, stride: Any) -> None:
     """Few query rows read the cache once: memory is the limit, and is asked early."""
-    flags = [ir.Constant(I32, n) for n in (0, 3, 1)]
     for v in range(vectors):
-        base = builder.add(address, builder.mul(stride, ir.Constant(I64, v)))
-        for line in range(16):
-            pointer = _bytes_pointer(builder, offset_by(builder, base, 64 * line))
-            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+        offset = builder.mul(stride, ir.Constant(I64, v))
+        _prefetch_tile(builder, builder.add(address, offset))
 
 
 def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
@@ -98,7 +103,6 @@ def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
     a, lda, b, row_stride, vector_stride, depth_stride, c, ldc, *rest = args
     depth, accumulate, ahead, ahead_stride = rest
     tiles = [(r, v, rows * v + r) for r in range(rows) for v in range(vectors)]
-    read_once = "tileloaddt164" if rows == 1 else "tileloadd64"
 
     def at(base: Any, count: int, stride: Any) -> Any:
         address = builder.add(base, builder.mul(stride, ir.Constant(I64, count)))
@@ -126,7 +130,7 @@ def _tile_product(builder: Any, rows: int, vectors: int, args: Any) -> None:
         for v in range(vectors):
             tile_b = _number(6 + v)
             source = at(step_b, v, vector_stride)
-            _tile_call(builder, read_once, tile_b, source, row_stride)
+            _tile_call(builder, "tileloadd64", tile_b, source, row_stride)
             for r in range(rows):
                 number = _number(rows * v + r)
                 _tile_call(builder, "tdpbf16ps", number, _number(4 + r), tile_b)
@@ -152,6 +156,79 @@ def _emit_tile_product(builder: Any, rows: Any, vectors: Any, *args: Any) -> Non
 
 
 _tile_block = primitive(types.void, (types.int64,) * 14, _emit_tile_product)
+
+
+def _emit_accumulate(builder: Any, *args: Any) -> None:
+    """Emit two strips of `accumulate_tiles`: tiles 0 and 1 are C, 4 is A."""
+    lda, segments, count, strip_number, c, ldc, last_ahead, last_stride = args
+
+    def word(segment: Any, n: int) -> Any:
+        return load(builder, offset_by(builder, segment, 8 * n), I64)
+
+    second = offset_by(builder, c, 64)
+    for tile, corner in enumerate((c, second)):
+        pointer = _bytes_pointer(builder, corner)
+        _tile_call(builder, "tileloadd64", _number(tile), pointer, ldc)
+    with cgutils.for_range(builder, count) as loop:
+        segment = builder.add(segments, builder.shl(loop.index, ir.Constant(I64, 6)))
+        address, strip, depth, a, ahead, ahead_strip = (
+            word(segment, n) for n in range(6)
+        )
+        address = builder.add(address, builder.mul(strip, strip_number))
+        ahead = builder.add(ahead, builder.mul(ahead_strip, strip_number))
+        following = builder.add(loop.index, ir.Constant(I64, 1))
+        replaced = builder.and_(
+            builder.icmp_signed("==", following, count),
+            builder.icmp_signed("!=", last_ahead, ir.Constant(I64, 0)),
+        )
+        ahead = builder.select(replaced, last_ahead, ahead)
+        ahead_strip = builder.select(replaced, last_stride, ahead_strip)
+        with cgutils.for_range(builder, depth) as tiles:
+            step = builder.shl(tiles.index, ir.Constant(I64, 10))
+            first_ahead = builder.add(ahead, step)
+            _prefetch_tile(builder, first_ahead)
+            _prefetch_tile(builder, builder.add(first_ahead, ahead_strip))
+            column = builder.shl(tiles.index, ir.Constant(I64, 6))
+            weights = _bytes_pointer(builder, builder.add(a, column))
+            _tile_call(builder, "tileloadd64", _number(4), weights, lda)
+            source = builder.add(address, step)
+            for tile in range(2):
+                line = ir.Constant(I64, 64)
+                pointer = _bytes_pointer(builder, source)
+                _tile_call(builder, "tileloadd64", _number(6 + tile), pointer, line)
+                numbers = (_number(tile), _number(4), _number(6 + tile))
+                _tile_call(builder, "tdpbf16ps", *numbers)
+                source = builder.add(source, strip)
+    for tile, corner in enumerate((c, second)):
+        pointer = _bytes_pointer(builder, corner)
+        _tile_call(builder, "tilestored64", _number(tile), pointer, ldc)
+
+
+_accumulate_two = primitive(types.void, (types.int64,) * 8, _emit_accumulate)
+
+
+@jit
+def accumulate_tiles(
+    lda: int,
+    segments: int,
+    count: int,
+    strips: int,
+    c: int,
+    ldc: int,
+    following: int,
+    following_stride: int,
+) -> None:
+    """Add the products of weights and values of segments: `C[rows, 16 * strips] +=`.
+
+    A segment is six words of 64 bytes: where its values lie, the distance of their
+    strips, how many tiles of 32 values, where their weights lie (bfloat16, rows `lda`
+    apart), and the place and strip distance of what is read after it and asked for
+    meanwhile; after the last values, two vectors at `following`. Strips are even.
+    """
+    for n in range(0, strips, 2):
+        ahead = following if n + 2 == strips else types.int64(0)
+        at = c + 64 * n
+        _accumulate_two(lda, segments, count, n, at, ldc, ahead, following_stride)
 
 
 @jit

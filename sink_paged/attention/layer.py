@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's calls of the CPU kernels, prepared once.
+
+A decode of a small model takes microseconds a layer: what a layer keeps is packed for
+the kernel when first seen, what a step shares once a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sink_paged.attention.arguments import (
+    ATTEND_CALL,
+    ATTEND_LAYER,
+    LAYER,
+    SIZE,
+    STORE_CALL,
+    STORE_LAYER,
+)
+from sink_paged.attention.kernel import scratch_size
+from sink_paged.attention.launch import (
+    Scratch,
+    bind,
+    has_matrix_tiles,
+    load_kernels,
+    reserve_scratch,
+)
+from sink_paged.window import SinkWindow, cdiv
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TILE_ROWS = 128  # of a query tile, which reads the keys once
+THREADED_STORE = 8192  # keys times dims from which a store is worth waking threads
+
+
+class Step(NamedTuple):
+    """One step's batch, shared by the layers.
+
+    Attributes:
+        words: the part of `ATTEND_CALL` that describes the batch.
+        tensors: those whose addresses `words` holds.
+    """
+
+    words: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor) -> Step:
+        """The step of these tensors, see `cpu.sink_attention`."""
+        num_reqs, num_columns = block_table.shape
+        words = (
+            query_start_loc.data_ptr(),
+            seq_lens.data_ptr(),
+            block_table.data_ptr(),
+            4 * block_table.stride(0),
+            num_columns,
+            num_reqs,
+        )
+        return cls(words, (query_start_loc, seq_lens, block_table))
+
+
+class CacheWriter:
+    """Writes keys and values of one layer; for one thread at a time."""
+
+    def __init__(self) -> None:
+        """Nothing is known before the first call."""
+        self._cache: Tensor | None = None
+        self._arguments = ctypes.create_string_buffer(LAYER + STORE_LAYER.size)
+        self._address = ctypes.addressof(self._arguments)
+
+    def _bind(self, kv_cache: Tensor) -> None:
+        kernel, num_threads = load_kernels().store, torch.get_num_threads()
+        STORE_LAYER.pack_into(self._arguments, LAYER, *_cache_arguments(kv_cache))
+        self._num_threads, self._dtype = num_threads, kv_cache.dtype
+        self._serial = bind(kernel, self._address, 1)
+        self._parallel = bind(kernel, self._address, num_threads)
+        self._token_size = kv_cache.shape[1] * kv_cache.shape[3] // 2
+        self._cache = kv_cache
+
+    def write(
+        self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """As `cpu.write_kv`."""
+        if kv_cache is not self._cache:
+            self._bind(kv_cache)
+        if key.dtype is not self._dtype:
+            raise ValueError(f"{key.dtype} keys for a cache of {self._dtype}")
+        num_tokens = min(len(key), len(slot_mapping))
+        is_small = num_tokens * self._token_size < THREADED_STORE
+        key_token, key_head, _ = key.stride()
+        value_token, value_head, _ = value.stride()
+        STORE_CALL.pack_into(
+            self._arguments,
+            0,
+            0,
+            0,
+            key.data_ptr(),
+            key_token,
+            key_head,
+            value.data_ptr(),
+            value_token,
+            value_head,
+            slot_mapping.data_ptr(),
+            num_tokens,
+            num_tokens if is_small else cdiv(num_tokens, self._num_threads),
+        )
+        if is_small:
+            self._serial()
+        else:
+            self._parallel()
+
+
+class LayerAttention:
+    """Attention of one layer, by the kernel; for one thread at a time."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        window: SinkWindow,
+        scale: float,
+        interleaved: bool = False,
+        alibi_slopes: Tensor | None = None,
+        soft_cap: float = 0.0,
+        sink_logits: Tensor | None = None,
+    ) -> None:
+        """See `cpu.sink_attention`."""
+        self.num_heads = num_heads
+        self.window = window
+        self.scale = scale
+        self.interleaved = interleaved
+        self.alibi_slopes = alibi_slopes
+        self.soft_cap = soft_cap
+        self.sink_logits = sink_logits
+        self._cache: Tensor | None = None
+        self._rotation: Tensor | None = None
+        self._arguments = ctypes.create_string_buffer(SIZE)
+        self._scratch: Scratch | None = None
+        self._run: Callable[[], object]  # set by `_bind`
+
+    def attend(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        output: Tensor,
+        step: Step,
+        sink_rotation: Tensor | None,
+    ) -> None:
+        """As `cpu.sink_attention`, of a batch described by `step`."""
+        if kv_cache is not self._cache or sink_rotation is not self._rotation:
+            self._bind(kv_cache, sink_rotation)
+        if query.dtype is not self._dtype:
+            raise ValueError(f"{query.dtype} queries for a cache of {self._dtype}")
+        query_token, query_head, _ = query.stride()
+        strides = output.stride()
+        ATTEND_CALL.pack_into(
+            self._arguments,
+            0,
+            0,
+            0,
+            query.data_ptr(),
+            query_token,
+            query_head,
+            output.data_ptr(),
+            strides[0],
+            strides[1] if len(strides) == 3 else self._head_size,
+            *step.words,
+        )
+        self._run()
+
+    def _bind(self, kv_cache: Tensor, sink_rotation: Tensor | None) -> None:
+        """Pack what stays; the number of threads is torch's at this time."""
+        _, num_kv_heads, _, width = kv_cache.shape
+        head_size, dtype = width // 2, kv_cache.dtype
+        num_threads = torch.get_num_threads()
+        group = self.num_heads // num_kv_heads
+        tile_tokens = max(1, TILE_ROWS // group)
+        max_rows = cdiv(tile_tokens * group, 16) * 16
+        # Scratch memory: arrivals | partial results | one part for each thread.
+        partial_bytes = max_rows * (4 * head_size + 8) if num_threads > 1 else 0
+        partials = cdiv(8 * num_threads, 64) * 64
+        scratch = partials + 2 * num_threads * partial_bytes
+        scratch_bytes = scratch_size(max_rows, head_size)
+        memory = reserve_scratch(scratch + num_threads * scratch_bytes)
+        rotation, rotation_row, rotary_dim = 0, 0, 0
+        if sink_rotation is not None:
+            rotation, rotary_dim = sink_rotation.data_ptr(), sink_rotation.shape[1]
+            rotation_row = 4 * sink_rotation.stride(0)
+        matrix_tiles = dtype == torch.bfloat16 and head_size % 32 == 0
+        slopes, logits = self.alibi_slopes, self.sink_logits
+        ATTEND_LAYER.pack_into(
+            self._arguments,
+            LAYER,
+            *_cache_arguments(kv_cache),
+            self.num_heads,
+            rotation,
+            rotation_row,
+            rotary_dim,
+            self.interleaved,
+            self.window.sink_tokens,
+            self.window.window_tokens,
+            0 if slopes is None else slopes.data_ptr(),
+            0 if logits is None else logits.data_ptr(),
+            tile_tokens,
+            max_rows,
+            matrix_tiles and has_matrix_tiles(),
+            num_threads,
+            memory.address + scratch,
+            scratch_bytes,
+            memory.address,
+            memory.address + partials,
+            partial_bytes,
+            self.scale,
+            self.soft_cap,
+        )
+        address = ctypes.addressof(self._arguments)
+        self._run = bind(load_kernels().attend, address, num_threads)
+        self._cache, self._rotation, self._scratch = kv_cache, sink_rotation, memory
+        self._dtype, self._head_size = dtype, head_size
+
+
+def _cache_arguments(kv_cache: Tensor) -> tuple[int, ...]:
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    block, head, _, _ = kv_cache.stride()
+    element = kv_cache.element_size()
+    return (
+        kv_cache.data_ptr(),
+        block * element,
+        head * element,
+        KINDS[kv_cache.dtype],
+        num_kv_heads,
+        width // 2,
+        block_size,
+    )
