@@ -44,12 +44,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from provenance import provenance
 from streams.launch import SETTINGS, engine_environment, measure
 from streams.plan import check, text_tokens, workloads
@@ -71,6 +73,8 @@ QUICK: dict[str, Any] = {
 def main() -> None:
     """Run and print."""
     args = parse_arguments()
+    # As after Ctrl-C: the engine that runs is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "logs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,7 +187,12 @@ def parse_arguments() -> argparse.Namespace:
         "--seconds", type=float, default=20.0, help="limit of recompute and hf; 0: none"
     )
     add("--repetitions", type=int, default=3)
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add(
+        "--dtype",
+        default="bfloat16" if torch.cuda.is_available() else "float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: bfloat16 on a GPU, float32 on a CPU",
+    )
     add("--eager", action="store_true", help="without torch.compile")
     add("--block-size", type=int, default=32)
     add(

@@ -51,7 +51,37 @@ class Statistics(StatLoggerBase):  # type: ignore[misc,unused-ignore]
         """Nothing to say."""
 
 
-class Engine:
+class Requests:
+    """Greedy requests of token ids to an engine, and the tokens they bring."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        """Take over a started engine."""
+        self.engine = engine
+
+    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        """Add a greedy request that has no end but its length."""
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def step(self) -> Iterator[Delta]:
+        """Wait for the engine core's next message."""
+        for output in self.engine.step():
+            tokens = list(output.outputs[0].token_ids)
+            yield Delta(output.request_id, tokens, output.finished)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self.engine.has_unfinished_requests())
+
+
+class Engine(Requests):
     """vLLM with its front end here and its engine core in a process of its own.
 
     Args:
@@ -80,8 +110,10 @@ class Engine:
             kv_cache_memory_bytes=(pool_blocks + 1) * page,
             **options,
         )
-        self.engine = LLMEngine.from_engine_args(
-            arguments, stat_loggers=[self._statistics], enable_multiprocessing=True
+        super().__init__(
+            LLMEngine.from_engine_args(
+                arguments, stat_loggers=[self._statistics], enable_multiprocessing=True
+            )
         )
         blocks = self.engine.vllm_config.cache_config.num_gpu_blocks
         assert blocks is not None
@@ -91,28 +123,6 @@ class Engine:
     def _statistics(self, vllm_config: Any, engine_index: int = 0) -> Statistics:
         self.statistics = Statistics(vllm_config, engine_index)
         return self.statistics
-
-    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
-        """Add a greedy request that has no end but its length."""
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
-
-    def step(self) -> Iterator[Delta]:
-        """Wait for the engine core's next message."""
-        for output in self.engine.step():
-            tokens = list(output.outputs[0].token_ids)
-            yield Delta(output.request_id, tokens, output.finished)
-
-    @property
-    def busy(self) -> bool:
-        """Whether requests are under way."""
-        return bool(self.engine.has_unfinished_requests())
 
     def warm_up(self) -> None:
         """Run what is to be timed once: a whole prompt, and a step of all streams."""

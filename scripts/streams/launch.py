@@ -27,7 +27,6 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     # One thread a core: by default vLLM leaves a core to the engine core's process.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
@@ -40,6 +39,7 @@ def engine_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
     merged = SETTINGS | dict(environment)
     # It would override the size of the KV pool.
     merged.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    merged["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     merged["PYTHONPATH"] = str(PACKAGES)
     return merged
 
@@ -79,6 +79,8 @@ def measure(workload: Workload, log: Path, python: str = sys.executable) -> Any:
     finally:
         _kill(process.pid)
         process.wait()
+    if "failed" in last:
+        last["failed"] += f" (more in {log})"
     return last or {"failed": _death(process.returncode, log)}
 
 

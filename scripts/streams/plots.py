@@ -55,6 +55,14 @@ def _grid(columns: int, rows: int = 1) -> Any:
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
 
 
+def _log_scale(axis: Any) -> None:
+    """Logarithmic, labelled with plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="both", labelsize=8)
+
+
 def _throughput(rows: list[Row]) -> Any:
     """Output tokens a second against concurrency, an axis for each window."""
     windows = _values(rows, "window")
@@ -101,7 +109,7 @@ def _time_per_token(measurements: list[Row]) -> Any:
         for number, axis in zip(streams, row, strict=True):
             title = f"window {window}, {number} stream{'s' * (number > 1)}"
             axis.set_title(title, fontsize=10)
-            axis.set_yscale("log")
+            _log_scale(axis)
             axis.set_xlabel("text, tokens")
             axis.grid(alpha=0.3, which="both")
         row[0].set_ylabel("time per output token, ms")
@@ -130,7 +138,7 @@ def _speedup(rows: list[Row]) -> Any:
             [place + shift for place in places], times, 0.4, color=color, label=label
         )
         axes[0][0].bar_label(bars, fmt="%.3g", fontsize=8)
-    axes[0][0].set_yscale("log")
+    _log_scale(axes[0][0])
     axes[0][0].set_ylabel("time per output token, ms")
     axes[0][0].legend(fontsize=8)
     values = [ratios[window, streams] for window in windows]
@@ -138,6 +146,7 @@ def _speedup(rows: list[Row]) -> Any:
     axes[0][1].bar_label(bars, fmt="%.3gx", fontsize=8)
     axes[0][1].set_ylabel("speed-up over recomputation")
     for axis in axes[0]:
+        axis.set_xlim(-0.8, len(windows) - 0.2)
         axis.set_xticks(places, [str(window) for window in windows])
         axis.set_xlabel("cache size, tokens")
         axis.set_title(f"{streams} stream{'s' * (streams > 1)}", fontsize=10)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streams.engine import Engine, pool_blocks
+from streams.engine import Engine, Requests, pool_blocks
 from streams.report import Report
 from streams.result import Recorder, Result
 from streams.workload import Workload
@@ -50,7 +50,7 @@ def run(workload: Workload, report: Report) -> Result:
 
 
 def recompute(
-    engine: Engine, texts: list[list[int]], workload: Workload, recorder: Recorder
+    engine: Requests, texts: list[list[int]], workload: Workload, recorder: Recorder
 ) -> None:
     """Let ``texts`` grow, each token from the last ``window`` tokens alone."""
 
