@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from sink_paged.config import MAX_STREAM_TOKENS
-
-RADIX_BITS = 11
-RADIX = 1 << RADIX_BITS
+from sink_paged.token_loops import RADIX, RADIX_BITS, rotate_tokens
 
 
 class UnsupportedLayerError(ValueError):
@@ -147,6 +145,9 @@ class StepRotations(ABC):
         self.tables = RotationTables(geometry.frequencies, device)
         shape = (max_tokens, geometry.rotary_dim)
         self.sink_rotation = torch.zeros(shape, dtype=torch.float32, device=device)
+        if device.type == "cpu":
+            self._far_rows = torch.zeros_like(self.sink_rotation)
+            self._digits = [digit.numpy() for digit in self.tables.digits]
 
     def set_positions(self, positions: Tensor) -> None:
         """Set the rows for a step's tokens.
@@ -158,15 +159,25 @@ class StepRotations(ABC):
             self.launch(positions)
             return
         num_tokens = positions.shape[0]
-        last = self.trained_length - 1
-        near = self.trained_rows(positions.clamp(max=last))
-        far = self.tables(positions) * self.geometry.amplitude
-        far_rows = torch.cat((far.real, far.imag), dim=-1).to(near.dtype)
-        self.set_rows(torch.where((positions <= last)[:, None], near, far_rows))
-        back = self.tables((positions - self.capacity).clamp(min=0))
-        self.sink_rotation[:num_tokens].copy_(
-            torch.cat((back.real, -back.imag), dim=-1)
+        low, middle, high = self._digits
+        num_far = rotate_tokens(
+            positions.numpy(),
+            self.trained_length,
+            self.capacity,
+            self.geometry.amplitude,
+            low,
+            middle,
+            high,
+            self._far_rows.numpy(),
+            self.sink_rotation.numpy(),
         )
+        rows = self._far_rows[:num_tokens]
+        if num_far < num_tokens:
+            last = self.trained_length - 1
+            near = self.trained_rows(positions.clamp(max=last))
+            is_near = (positions <= last)[:, None]
+            rows = torch.where(is_near, near, rows.to(near.dtype)) if num_far else near
+        self.set_rows(rows)
 
     def launch(self, positions: Tensor) -> None:
         """As ``set_positions``, by one Triton kernel, which a CUDA graph may hold."""

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sink_paged.rotary import RADIX, RADIX_BITS, RotationTables
+from sink_paged.rotary import RotationTables
+from sink_paged.token_loops import RADIX, RADIX_BITS
 
 
 def rotate_rows(

@@ -26,6 +26,7 @@ from sink_paged.stream_state import (
     has_penalties,
     needed_tail,
 )
+from sink_paged.token_loops import ring_positions
 from sink_paged.token_rows import TokenRows
 from sink_paged.window import BlockWindow
 
@@ -72,12 +73,21 @@ class RingBlockTable(BlockTable):
         self, num_reqs: int, query_start_loc: Tensor, positions: Tensor
     ) -> None:
         """Slots of the step's tokens: as stock, at the position of the ring column."""
-        block = positions // self.block_size
-        column = torch.where(
-            block < self.pinned, block, self.pinned + (block - self.pinned) % self.ring
-        )
-        ring_positions = column * self.block_size + positions % self.block_size
-        super().compute_slot_mapping(num_reqs, query_start_loc, ring_positions)
+        if positions.is_cuda:
+            block = positions // self.block_size
+            column = self.pinned + (block - self.pinned) % self.ring
+            column = torch.where(block < self.pinned, block, column)
+            in_ring = column * self.block_size + positions % self.block_size
+        else:
+            in_ring = torch.empty_like(positions)
+            ring_positions(
+                positions.numpy(),
+                self.block_size,
+                self.pinned,
+                self.ring,
+                in_ring.numpy(),
+            )
+        super().compute_slot_mapping(num_reqs, query_start_loc, in_ring)
 
 
 class StreamInputBatch(InputBatch):
