@@ -212,6 +212,19 @@ def test_long_chunks(dtype: torch.dtype, chunk: int) -> None:
     check(batch)
 
 
+def test_unmasked_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in float32, whose own tiles have too few rows to leave masks out."""
+    monkeypatch.setattr(kernel, "_plan", lambda *_: kernel._Launch(64, 32, 4, 3))
+    batch = Batch(
+        [(70, 1500), (1, 400), (35, 35)],
+        SinkWindow(4, 300),
+        num_heads=2,
+        num_kv_heads=1,
+        rotary_dim=64,
+    )
+    check(batch)
+
+
 @pytest.mark.parametrize("rotary_dim", [0, 16, 64])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(rotary_dim: int, options: dict[str, Any]) -> None:

@@ -57,10 +57,10 @@ class _Launch(NamedTuple):
 def _plan(rows: int, head_size: int, element: int) -> _Launch:
     """Tile for at most `rows` rows: what registers and shared memory hold.
 
-    Keys and values of a tile take 32 KiB at most; with one in flight while another is
-    multiplied, the two or more programs of a multiprocessor keep its share of the
-    memory's bandwidth in flight, and 99 KiB of shared memory suffice for any tile.
-    float32 products are three TF32 ones each and need more registers.
+    Keys and values of a tile take 32 KiB at most, so that 99 KiB of shared memory hold
+    any tile. One is in flight while another is multiplied: the two or more decodes that
+    fit a multiprocessor then keep its share of the memory's bandwidth busy. A float32
+    product is three TF32 ones and needs more registers.
     """
     padded = _power_of_two(head_size)
     most_rows = MAX_ROWS if element < 4 else 32
@@ -68,7 +68,7 @@ def _plan(rows: int, head_size: int, element: int) -> _Launch:
     tile_bytes = 8 << 10 if element == 4 and rows > 16 else 16 << 10
     most_keys = 128 if rows <= 32 else 64
     keys = min(most_keys, max(16, tile_bytes // (padded * element)))
-    many = rows == 128 or rows * padded > 64 * 128 or padded * element > 512
+    many = rows == 128 or rows * padded >= 64 * 128 or padded * element > 512
     return _Launch(rows, keys, 8 if many else 4, 3)
 
 
