@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives every attention layer of a loaded model the rotations of its tokens."""
+"""Gives every attention layer of a loaded model the rotations of its tokens.
+
+The rows of a step are set by a hook that runs when the whole model is called. It reads
+the runner's own buffer of positions, writes into buffers of its own and launches
+kernels only, so it does not matter whether it runs or is replayed:
+
+- eager, compiled and piecewise graphs (``CUDAGraphMode.NONE`` and ``PIECEWISE``): the
+  runner calls the model at each step; what is replayed are parts inside of it, which
+  find the rows where they were captured.
+- full graphs: vLLM captures a call of the model, hook included, on a slice of that same
+  buffer (V1: ``CUDAGraphWrapper`` around the model; V2: ``CudaGraphManager.capture``),
+  and refills the buffer before it replays. Breakable graphs capture the same call.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +93,11 @@ def bind_rotations(
 
     model.register_forward_pre_hook(set_positions, with_kwargs=True)
     prove_rotations(model, layers, vllm_config)
+    if not all(bool(step.sink_rotation[0].any()) for step in steps):
+        raise UnsupportedLayerError(
+            f"sink eviction does not support {type(model).__name__}: it is called "
+            "without its forward hooks, so that its positions are not seen"
+        )
     return steps
 
 
