@@ -16,8 +16,11 @@ from transformers import (
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from sink_paged import SinkConfig
+from sink_paged import SinkConfig, platforms
+from sink_paged import engine as engine_module
 from sink_paged.config import MAX_STREAM_TOKENS, StreamConfig
 from sink_paged.window import SinkWindow
 from tests.engines import GOLDEN, engine
@@ -199,6 +202,56 @@ def test_settings_that_do_not_work_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_config({}, **options)
+
+
+def test_cuda_brings_its_own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = platforms.CUDA
+    monkeypatch.setattr("sink_paged.engine.find_platform", lambda: cuda)
+    monkeypatch.setitem(
+        registry._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, cuda.backend
+    )
+    for dtype in ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"):
+        config = make_config({}, worker_cls=cuda.stock_worker, kv_cache_dtype=dtype)
+        assert config.parallel_config.worker_cls == cuda.worker
+        assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+    with pytest.raises(ValueError, match="--worker-cls vllm.v1.worker.cpu_worker"):
+        make_config({}, worker_cls=platforms.CPU.stock_worker)
+
+
+def test_other_platforms_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked in ("is_cpu", "is_cuda"):
+        monkeypatch.setattr(platforms.current_platform, asked, lambda: False)
+    assert platforms.find_platform() is None
+    monkeypatch.setattr("sink_paged.engine.find_platform", lambda: None)
+    monkeypatch.setattr(platforms.current_platform, "device_name", "rocm")
+    with pytest.raises(ValueError, match="does not support platform rocm"):
+        engine_module.enable_sink_eviction(VllmConfig(), SinkConfig())
+
+
+@pytest.mark.parametrize(
+    ("triton", "options", "message"),
+    [
+        (False, {}, "V2 without a Triton that runs here; VLLM_USE_V2_MODEL_RUNNER=0"),
+        (True, {"logits_processors": ["some.Processor"]}, "custom logits processors"),
+        (True, {}, None),
+    ],
+)
+def test_model_runner_v2(
+    triton: bool,
+    options: dict[str, Any],
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config(None, **options)
+    monkeypatch.setattr(engine_module, "HAS_TRITON", triton)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert config.use_v2_model_runner
+    if message is None:
+        engine_module.enable_sink_eviction(config, SinkConfig())
+        assert stream_of(config).window == SinkWindow(4, 251)
+        return
+    with pytest.raises(ValueError, match=message):
+        engine_module.enable_sink_eviction(config, SinkConfig())
 
 
 @pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "1.0.0"])

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA side relies on in vLLM, so that a new vLLM fails here and not there.
+
+vLLM's modules for GPUs are importable without one; nothing of them is run.
+"""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
+    triton_reshape_and_cache_flash,
+)
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.worker.gpu import model_runner as v2
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.gpu_worker import Worker
+
+from sink_paged import platforms
+from sink_paged.attention.triton_backend import (
+    SinkTritonAttentionBackend,
+    SinkTritonAttentionImpl,
+    SinkTritonMetadataBuilder,
+)
+from sink_paged.gpu_worker import SinkGPUWorker
+from sink_paged.runner_v2.block_tables import RingBlockTables
+from sink_paged.runner_v2.requests import StreamRequestState
+from sink_paged.runner_v2.runner import StreamRunner
+from sink_paged.runner_v2.sampling import StreamPenalties, StreamPromptLogprobs
+
+
+def leading(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "names"),
+    [
+        (SinkGPUWorker, Worker, ["init_device", "load_model", "execute_model",
+          "determine_available_memory", "initialize_from_config"]),
+        (StreamRunner, v2.GPUModelRunner, ["load_model", "add_requests",
+          "prepare_inputs"]),
+        (RingBlockTables, BlockTables, ["append_block_ids", "compute_slot_mappings"]),
+        (StreamRequestState, RequestState, ["add_request", "apply_staged_writes",
+          "remove_request"]),
+        (StreamPenalties, PenaltiesState, ["apply_staged_writes"]),
+        (StreamPromptLogprobs, PromptLogprobsWorker, ["compute_prompt_logprobs"]),
+        (SinkTritonAttentionImpl, TritonAttentionImpl, ["forward",
+          "do_kv_cache_update"]),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)  # fmt: skip
+def test_overridden_methods_exist(ours: type, theirs: type, names: list[str]) -> None:
+    """With the parameters that ours take by name or place."""
+    for name in names:
+        mine, stock = (leading(getattr(kind, name)) for kind in (ours, theirs))
+        kinds = inspect.signature(getattr(ours, name)).parameters.values()
+        passes_on = any(kind.kind is kind.VAR_POSITIONAL for kind in kinds)
+        named = [kind.name for kind in kinds if kind.kind is kind.POSITIONAL_OR_KEYWORD]
+        assert named[1:2] == stock[1:2] or named == ["self"], name
+        if not passes_on:
+            assert mine == stock, name
+
+
+def test_state_of_the_v2_runner() -> None:
+    """Fields and attributes that are read or replaced."""
+    batch = set(v2.BatchReqState._fields)
+    assert {"idx_mapping_np", "num_scheduled_tokens", "has_prefill"} <= batch
+    inputs = {field.name for field in dataclasses.fields(InputBatch)}
+    assert {"has_prefill", "idx_mapping", "query_start_loc", "num_reqs"} <= inputs
+    for kind, attributes in {
+        RequestState: ["all_token_ids", "total_len", "prompt_len", "req_id_to_index",
+                       "num_computed_tokens_np", "max_num_reqs", "device"],
+        BlockTables: ["block_tables", "num_blocks", "slot_mappings", "block_sizes",
+                      "num_kv_cache_groups", "block_table_ptrs", "block_sizes_tensor",
+                      "block_table_strides", "device"],
+        PenaltiesState: ["prompt_bin_mask", "output_bin_counts", "device",
+                         "_new_penalties_reqs"],
+        PromptLogprobsWorker: ["uses_prompt_logprobs", "max_num_reqs"],
+        BadWordsState: ["req_states"],
+        v2.GPUModelRunner: ["req_states", "block_tables", "input_buffers", "sampler",
+                            "prompt_logprobs_worker", "kv_cache_config",
+                            "max_num_tokens"],
+    }.items():  # fmt: skip
+        source = inspect.getsource(kind)
+        for attribute in attributes:
+            assert f"self.{attribute}" in source, f"{kind.__name__}.{attribute}"
+    assert leading(StagedWriteTensor.stage_write) == ["self", "index", "start", "x"]
+    assert leading(StagedWriteTensor.stage_write_elem) == ["self", "index", "x"]
+
+
+def test_everything_that_reads_a_text_is_known() -> None:
+    """Rows hold the last tokens only: a new reader of whole texts would go wrong."""
+    root = Path(v2.__file__).parent
+    readers = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if "all_token_ids" in path.read_text()
+    }
+    handled = {
+        "states.py", "model_runner.py", "input_batch.py", "sample/penalties.py",
+        "sample/bad_words.py", "sample/prompt_logprob.py",
+    }  # fmt: skip
+    refused = {
+        "sample/thinking_budget.py", "sample/watermark.py",
+        "sample/logits_processor/interface.py", "model_states/mm_pruning.py",
+    }  # fmt: skip
+    speculation = {name for name in readers if name.startswith("spec_decode/")}
+    assert readers - speculation == handled | refused
+    assert "if batch_req_state.has_prefill:\n            prepare_prefill_inputs(" in (
+        inspect.getsource(v2.GPUModelRunner.prepare_inputs)
+    )
+
+
+def test_the_runner_asks_itself_for_its_caches() -> None:
+    """The worker passes the runner's answer on, also when graphs are measured."""
+    assert "self.model_runner.get_kv_cache_spec()" in (
+        inspect.getsource(Worker.get_kv_cache_spec)
+    )
+
+
+def test_the_cache_is_written_by_vllms_kernel() -> None:
+    names = ["key", "value", "key_cache", "value_cache", "slot_mapping",
+             "kv_cache_dtype", "k_scale", "v_scale"]  # fmt: skip
+    assert leading(triton_reshape_and_cache_flash) == names
+    source = inspect.getsource(TritonAttentionImpl.do_kv_cache_update)
+    assert "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)" in source
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e5m2"])
+def test_the_cuda_platform_takes_the_backend(
+    sliding: bool, kv_cache_dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a patch: it is what ``CUSTOM`` stands for, and the check lets it by."""
+    # A build for the CPU lacks what the platform's module loads.
+    for name in ("vllm._C", "vllm._C_stable_libtorch"):
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    from vllm.platforms.cuda import CudaPlatformBase
+
+    monkeypatch.setattr(
+        CudaPlatformBase,
+        "get_device_capability",
+        classmethod(lambda cls, device_id=0: DeviceCapability(9, 0)),
+    )
+    custom = registry.AttentionBackendEnum.CUSTOM
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, custom, platforms.CUDA.backend)
+    config = AttentionSelectorConfig(
+        head_size=128,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=kv_cache_dtype,
+        block_size=16,
+        has_sink=True,
+        has_sliding_window=sliding,
+    )
+    path = CudaPlatformBase.get_attn_backend_cls(custom, config)
+    assert path == platforms.CUDA.backend
+    for head_size in (32, 64, 80, 96, 112, 128, 256):
+        assert SinkTritonAttentionBackend.supports_head_size(head_size)
+    assert not SinkTritonAttentionBackend.supports_head_size(100)
+
+
+def test_any_batch_may_be_captured() -> None:
+    assert SinkTritonMetadataBuilder._cudagraph_support is AttentionCGSupport.ALWAYS
+    worker = platforms.CUDA.worker.rpartition(".")
+    assert SinkGPUWorker.__module__ == worker[0]
+    assert SinkGPUWorker.__name__ == worker[2]
