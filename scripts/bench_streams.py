@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 PEERS = ("sink_paged", "vllm", "recompute", "hf", "openvino", "openvino_full")
 QUICK: dict[str, Any] = {
-    "concurrency": [1, 8],
+    "concurrency": [8],
     "window": [256],
     "length_windows": 3.0,
     "repetitions": 1,

@@ -52,7 +52,8 @@ def _peers(rows: list[Row]) -> list[str]:
 
 def _grid(columns: int, rows: int = 1) -> Any:
     size = (4.6 * columns + 0.6, 3.6 * rows)
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    figure = pyplot.figure(figsize=size)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _log_scale(axis: Any) -> None:
