@@ -22,9 +22,8 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from sink_paged.attention.backend import SinkAttentionImpl
-from sink_paged.attention.reference import rotate
 from sink_paged.config import MAX_STREAM_TOKENS
-from sink_paged.rotary import StepRotations, UnsupportedLayerError
+from sink_paged.rotary import StepRotations, UnsupportedLayerError, rotate
 
 POSITIONS = (1_000_000_007, 1, 3, 10, 100, 1_000, 10_000_019, MAX_STREAM_TOKENS - 1)
 NUM_TOKENS = 2 * len(POSITIONS)

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that sets a step's rotations, in Triton's interpreter, against eager."""
+"""The kernel that sets a step's rotations against eager code.
 
-import copy
+In Triton's interpreter, or on a GPU with ``TRITON_INTERPRET=0``.
+"""
+
+import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from sink_paged.vllm_rotary import VllmRotations
 from tests.test_rotary import CAPACITY, FAR, SCALINGS, make_rotary
 from tests.test_transformers_rotary import rotary_of
 
+DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
 BFLOAT16_STEP = 2**-7
 """Between bfloat16 numbers from 1 to 2."""
 NEAR = [0, 1, 2, 63, CAPACITY, CAPACITY + 1, 511]
@@ -22,22 +27,24 @@ POSITIONS = torch.tensor([*NEAR, *FAR, 2**22 - 1, 2**22, 2**22 + 2**11, 2**30 + 
 
 def rows_of(steps: StepRotations) -> list[Tensor]:
     cos, sin, _ = steps.row_columns()
-    return [part.float() for part in (cos, sin, steps.sink_rotation)]
+    return [part.float().cpu() for part in (cos, sin, steps.sink_rotation)]
 
 
-def check(steps: StepRotations, tolerance: float = 1e-7) -> None:
+def check(
+    make: Callable[[torch.device], StepRotations], tolerance: float = 1e-7
+) -> None:
     """The same rows from both; the model's own, bit for bit, where it has them."""
-    steps.set_positions(POSITIONS)
-    eager = [part.clone() for part in rows_of(steps)]
-    for part in rows_of(steps):
-        assert part.any()
+    by_eager = make(torch.device("cpu"))
+    by_eager.set_positions(POSITIONS)
+    steps = make(DEVICE)
     cos, sin, _ = steps.row_columns()
     for part in (cos, sin, steps.sink_rotation):
         part.fill_(float("nan"))
-    steps.launch(POSITIONS)
+    steps.launch(POSITIONS.to(DEVICE))
     near = steps.trained_length > POSITIONS
-    for mine, theirs in zip(rows_of(steps), eager, strict=True):
+    for mine, theirs in zip(rows_of(steps), rows_of(by_eager), strict=True):
         mine, theirs = mine[: len(POSITIONS)], theirs[: len(POSITIONS)]
+        assert theirs.any()
         if tolerance == 1e-7:
             assert torch.equal(mine[near], theirs[near])
         error = (mine - theirs).abs().max()
@@ -48,7 +55,8 @@ def check(steps: StepRotations, tolerance: float = 1e-7) -> None:
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("neox", [True, False])
 def test_rows_of_vllms_modules(scaling: str, neox: bool) -> None:
-    check(VllmRotations(make_rotary(scaling, torch.float32, neox), CAPACITY, 32))
+    rotary = make_rotary(scaling, torch.float32, neox)
+    check(lambda device: VllmRotations(rotary.to(device), CAPACITY, 32))
 
 
 def test_rows_in_the_models_dtype() -> None:
@@ -56,12 +64,19 @@ def test_rows_in_the_models_dtype() -> None:
 
     Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds.
     """
-    steps = VllmRotations(make_rotary("llama3", torch.float32), CAPACITY, 32)
-    steps.rotary.cos_sin_cache = steps.rotary.cos_sin_cache.bfloat16()
-    check(steps, tolerance=BFLOAT16_STEP)
-    steps = VllmRotations(make_rotary("yarn", torch.bfloat16), CAPACITY, 32)
-    assert steps.trained.dtype == torch.bfloat16
-    check(steps, tolerance=BFLOAT16_STEP)
+
+    def with_cast_table(device: torch.device) -> VllmRotations:
+        rotary = make_rotary("llama3", torch.float32).to(device)
+        steps = VllmRotations(rotary, CAPACITY, 32)
+        steps.rotary.cos_sin_cache = steps.rotary.cos_sin_cache.bfloat16()
+        return steps
+
+    check(with_cast_table, tolerance=BFLOAT16_STEP)
+    rotary = make_rotary("yarn", torch.bfloat16)
+    check(
+        lambda device: VllmRotations(rotary.to(device), CAPACITY, 32),
+        tolerance=BFLOAT16_STEP,
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,13 +84,15 @@ def test_rows_in_the_models_dtype() -> None:
 )
 def test_rows_of_hugging_face_modules(family: str) -> None:
     """In every layout of the output: halves, pairs, and once."""
-    check(TransformersRotations(rotary_of(family), CAPACITY, 32))
+    rotary = rotary_of(family)
+    check(lambda device: TransformersRotations(rotary.to(device), CAPACITY, 32))
 
 
 def test_stale_positions_do_no_harm() -> None:
     """Behind a step's tokens the buffer may hold anything, also what is no position."""
-    steps = VllmRotations(make_rotary("default", torch.float32), CAPACITY, 8)
-    steps.launch(torch.tensor([5, -1, MAX_STREAM_TOKENS]))
-    expected = copy.copy(rows_of(steps)[0][0])
-    steps.launch(torch.tensor([5]))
+    rotary = make_rotary("default", torch.float32).to(DEVICE)
+    steps = VllmRotations(rotary, CAPACITY, 8)
+    steps.launch(torch.tensor([5, -1, MAX_STREAM_TOKENS], device=DEVICE))
+    expected = rows_of(steps)[0][0]
+    steps.launch(torch.tensor([5], device=DEVICE))
     assert torch.equal(rows_of(steps)[0][0], expected)

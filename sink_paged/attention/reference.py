@@ -9,35 +9,8 @@ import torch
 from torch import Tensor
 
 from sink_paged.attention.cpu import read_kv
+from sink_paged.rotary import rotate
 from sink_paged.window import SinkWindow
-
-
-def rotate(
-    rows: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
-) -> Tensor:
-    """Rotate the first `2 * len(cos)` dims of each row by the given angles.
-
-    Args:
-        rows: `[..., head_size]`.
-        cos: `[rotary_dim // 2]`, cosine of each pair's angle.
-        sin: `[rotary_dim // 2]`, sine of each pair's angle.
-        interleaved: Pairs are `(2k, 2k + 1)` (GPT-J) instead of
-            `(k, k + rotary_dim // 2)` (neox).
-
-    Returns:
-        A rotated copy, `[..., head_size]`.
-    """
-    half = cos.shape[-1]
-    rotated = rows.clone()
-    if interleaved:
-        first, second = rows[..., 0 : 2 * half : 2], rows[..., 1 : 2 * half : 2]
-        rotated[..., 0 : 2 * half : 2] = first * cos - second * sin
-        rotated[..., 1 : 2 * half : 2] = second * cos + first * sin
-    else:
-        first, second = rows[..., :half], rows[..., half : 2 * half]
-        rotated[..., :half] = first * cos - second * sin
-        rotated[..., half : 2 * half] = second * cos + first * sin
-    return rotated
 
 
 def ring_column(block: int, pinned: int, num_columns: int) -> int:
