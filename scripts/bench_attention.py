@@ -5,13 +5,17 @@ Stock attends a sequence of exactly the resident length; ours a stream far past 
 window with the same number of resident keys. One process, the two kernels in turns;
 the ratio is ours over stock, below 1 where ours is faster.
 
+Both caches lie in pages of 4 KiB; with `--huge-pages` ours lies in those that our
+worker asks for. What a step shares is prepared outside the call on both sides: our
+`Step`, stock's scheduler metadata; what that costs a step is said first.
+
 The floor: a decode reads every resident key and value once, so it cannot be faster than
 `batch * resident * 2 * kv_heads * head_size * element_size` bytes over the bandwidth
-of a large copy on the same threads; a prefill cannot be faster than
+of reading as much memory again and again; a prefill cannot be faster than
 `4 * tokens * resident * heads * head_size` operations over the rate of a large matrix
 product of the same dtype; a write reads and writes its keys and values once. Both rates
-are measured here and the floor is a column. What fits in the last-level cache may be
-read faster than a copy from memory.
+are measured here, on the same threads and in huge pages where they are used. What
+neighbours do to memory and caches meanwhile makes a floor as uncertain as a cell.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from sink_paged.attention import cpu
 from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
+from sink_paged.huge_pages import clear_to_huge_pages
 from sink_paged.window import BlockWindow, SinkWindow
 
 SINK_TOKENS = 4
@@ -57,7 +62,7 @@ class Case:
     dtype: str
 
 
-def make_ours(case: Case, block_size: int) -> Callable[[], None]:
+def make_ours(case: Case, block_size: int, huge_pages: bool) -> Callable[[], None]:
     """A call of this package's kernel on streams far past their window."""
     heads, kv_heads, head_size = SHAPES[case.shape]
     dtype = getattr(torch, case.dtype)
@@ -67,7 +72,10 @@ def make_ours(case: Case, block_size: int) -> Callable[[], None]:
     seq_len = 10 * case.resident + 37
     num_blocks = 1 + case.batch * columns
     block = torch.randn(1, kv_heads, block_size, 2 * head_size).to(dtype)
-    cache = block.repeat(num_blocks, 1, 1, 1)
+    cache = torch.zeros(num_blocks, *block.shape[1:], dtype=dtype)
+    if huge_pages:
+        clear_to_huge_pages(cache)
+    cache.copy_(block.expand_as(cache))
     table = torch.randperm(num_blocks - 1)[: case.batch * columns] + 1
     table = table.view(case.batch, columns).int()
     query = torch.randn(case.batch * case.tokens, heads, head_size).to(dtype)
@@ -138,6 +146,31 @@ def make_stock(case: Case) -> Callable[[], None]:
     return call
 
 
+def measure_step(dtype: torch.dtype) -> tuple[float, float]:
+    """What a step of 32 decodes costs (us) before its first layer, ours and stock."""
+    starts = torch.arange(33, dtype=torch.int32)
+    seq_lens = torch.full((32,), 2048, dtype=torch.int32)
+    table = torch.zeros(32, 17, dtype=torch.int32)
+    ours = _fastest(lambda: Step.of(starts, seq_lens, table), 1000)
+    stock = _fastest(
+        lambda: ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            seq_lens=seq_lens,
+            dtype=dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=_get_attn_isa(dtype, BLOCK_SIZE, 128),
+            enable_kv_split=True,
+        ),
+        1000,
+    )
+    return ours * 1e6, stock * 1e6
+
+
 def make_writes(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
     """Calls of both kernels that write new keys and values, ours and stock."""
     _, kv_heads, head_size = SHAPES[case.shape]
@@ -164,10 +197,12 @@ def make_writes(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
     return ours, stock
 
 
-def measure(case: Case, block_size: int, seconds: float) -> dict[str, float]:
+def measure(
+    case: Case, block_size: int, seconds: float, huge_pages: bool = False
+) -> dict[str, float]:
     """Median times (us) of both kernels in turns, and their ratio's spread."""
     if case.resident:
-        ours, stock = make_ours(case, block_size), make_stock(case)
+        ours, stock = make_ours(case, block_size, huge_pages), make_stock(case)
     else:
         ours, stock = make_writes(case)
     for call in (ours, stock, ours, stock):
@@ -196,23 +231,40 @@ def measure(case: Case, block_size: int, seconds: float) -> dict[str, float]:
     }
 
 
-def measure_rates(dtype: torch.dtype) -> tuple[float, float]:
-    """Bandwidth of a large copy (bytes/s), rate of a matrix product (operations/s)."""
-    source = torch.zeros(1 << 28, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    matrix = torch.randn(1024, 1024).to(dtype)
-    copies, products = [], []
-    for _ in range(8):
-        begin = time.perf_counter()
-        target.copy_(source)
-        copies.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        matrix @ matrix
-        products.append(time.perf_counter() - begin)
-    return 2 * len(source) / min(copies), 2 * 1024**3 / min(products)
+class Rates:
+    """Rates of this machine on torch's threads, each measured when first asked for."""
+
+    def __init__(self, dtype: torch.dtype, huge_pages: bool) -> None:
+        """Of matrix products of `dtype`, of memory in huge pages or not."""
+        self._huge_pages = huge_pages
+        self._bandwidths: dict[int, float] = {}
+        matrix = torch.randn(1024, 1024).to(dtype)
+        self.operations = 2 * 1024**3 / _fastest(lambda: matrix @ matrix, 8)
+
+    def bandwidth(self, nbytes: int) -> float:
+        """Bytes/s of reading about `nbytes` again and again."""
+        size = 1 << max(18, (nbytes - 1).bit_length())
+        if size not in self._bandwidths:
+            memory = torch.zeros(size // 4, dtype=torch.int32)
+            if self._huge_pages:
+                clear_to_huge_pages(memory)
+            memory.add_(1)
+            repeats = max(3, (1 << 28) // size)
+            seconds = _fastest(memory.max, min(repeats, 200))
+            self._bandwidths[size] = size / seconds
+        return self._bandwidths[size]
 
 
-def floor_us(case: Case, bandwidth: float, rate: float) -> float:
+def _fastest(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def floor_us(case: Case, rates: Rates) -> float:
     """Lower bound of a call's time, see the module's docstring."""
     heads, kv_heads, head_size = SHAPES[case.shape]
     element = getattr(torch, case.dtype).itemsize
@@ -221,7 +273,7 @@ def floor_us(case: Case, bandwidth: float, rate: float) -> float:
     if not case.resident:
         nbytes *= 2
     operations = 4 * case.batch * case.tokens * case.resident * heads * head_size
-    return max(nbytes / bandwidth, operations / rate) * 1e6
+    return max(nbytes / rates.bandwidth(nbytes), operations / rates.operations) * 1e6
 
 
 def cases(dtype: str, shapes: list[str], quick: bool) -> list[Case]:
@@ -281,6 +333,11 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="our cache in huge pages, as our worker allocates it; stock's never is",
+    )
     parser.add_argument("--quick", action="store_true", help="a short sweep")
     parser.add_argument("--output-dir", type=Path)
     options = parser.parse_args()
@@ -293,10 +350,14 @@ def main() -> None:
         f"{'ours us':>11s}{'stock us':>11s}{'floor us':>11s}{'ratio':>7s}  p10-p90"
     )
     for dtype in options.dtype:
-        bandwidth, rate = measure_rates(getattr(torch, dtype))
+        rates = Rates(getattr(torch, dtype), options.huge_pages)
+        ours, stock = measure_step(getattr(torch, dtype))
+        print(f"{dtype:9s}a step of 32 decodes: ours {ours:.1f} us, stock {stock:.1f}")
         for case in cases(dtype, options.shapes, options.quick):
-            result = measure(case, options.block_size, options.seconds)
-            floor = floor_us(case, bandwidth, rate)
+            result = measure(
+                case, options.block_size, options.seconds, options.huge_pages
+            )
+            floor = floor_us(case, rates)
             rows.append({**asdict(case), **result, "floor_us": floor})
             print(
                 f"{dtype:9s}{case.shape:14s}{case.batch:6d}{case.tokens:7d}"

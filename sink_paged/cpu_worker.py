@@ -5,13 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from sink_paged.huge_pages import clear_to_huge_pages
 from sink_paged.worker import StreamWorker
 
 
 class SinkCPUWorker(StreamWorker, CPUWorker):
     """CPU worker whose streams keep sinks and a window."""
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache, in huge pages where the system has them."""
+        super().initialize_from_config(kv_cache_config)
+        caches = self.model_runner.kv_caches
+        storages = {cache.untyped_storage().data_ptr(): cache for cache in caches}
+        for cache in storages.values():
+            clear_to_huge_pages(cache)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample; requests still in their prompt keep their random state.
