@@ -67,7 +67,9 @@ QUICK: dict[str, Any] = {
     "length_windows": 3.0,
     "repetitions": 1,
     "seconds": 6.0,
+    "eager": True,
 }
+"""Eager, as vLLM's CPU build compiles at every start: about half a minute a peer."""
 
 
 def main() -> None:
@@ -199,7 +201,11 @@ def parse_arguments() -> argparse.Namespace:
         "--max-num-batched-tokens", type=int, help="default: four windows, at most 2048"
     )
     add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="five minutes on two cores")
+    add(
+        "--quick",
+        action="store_true",
+        help="a few minutes on two cores: 8 streams, eager",
+    )
     add("--openvino-python", help="interpreter of an environment with OpenVINO GenAI")
     add("--openvino-kv-precision", default="", help="such as u8; default: --dtype")
     add("--output-dir", type=Path, default=Path("bench_out"))
