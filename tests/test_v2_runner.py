@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model runner V2, the default on CUDA, end to end; see ``tests/v2_cases.py``."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["losses_and_tokens"],
+        ["cuda_backend", "--cuda-backend"],
+        ["sampling"],
+        ["bad_words"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_v2_runner(arguments: list[str]) -> None:
+    """In a process whose Triton is the interpreter and whose runner is V2."""
+    command = [sys.executable, "-m", "tests.v2_cases", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("passed\n")

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines on model runner V2, in a process of their own: ``python -m tests.v2_cases``.
+
+vLLM has a V2 runner for the CPU, which wants a Triton that compiles for it. Here its
+kernels run in Triton's interpreter, and our CUDA backend does too where a case says so.
+Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.update(
+    TRITON_INTERPRET="1",
+    VLLM_USE_V2_MODEL_RUNNER="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_MAX_BAD_WORDS_TOTAL_TOKENS="64",
+    HF_HUB_OFFLINE="1",
+)
+
+import torch  # noqa: E402
+import triton.backends  # noqa: E402
+from triton.backends import Backend
+from triton.backends.driver import DriverBase
+
+
+class Interpreter(DriverBase):
+    """What vLLM asks of Triton's backend for the CPU."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> Any:
+        raise NotImplementedError
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+triton.backends.backends["cpu"] = Backend(compiler=None, driver=Interpreter)  # type: ignore[arg-type]
+if "--cuda-backend" in sys.argv:
+    from sink_paged import platforms
+
+    platforms.CPU = platforms.CPU._replace(backend=platforms.CUDA.backend)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+
+from sink_paged.runner_v2 import requests  # noqa: E402
+from tests.engines import (  # noqa: E402
+    GOLDEN,
+    core,
+    engine,
+    first_near_tie,
+    generate,
+    greedy,
+    pool_is_empty,
+    prompt_losses,
+    worst,
+)
+
+requests.ROW_TOKENS = requests.TAIL + 32  # rows slide often
+WINDOW = (4, 60)
+GOLD = json.loads((GOLDEN / "golden.json").read_text())
+IDS: list[int] = GOLD["ids"]
+
+
+def runner_of(llm: Any) -> Any:
+    return core(llm).model_executor.driver_worker.worker.model_runner
+
+
+def losses_and_tokens(num_tokens: int = 700, num_written: int = 150) -> None:
+    """The 2023 code's losses, read in chunks, and its greedy tokens."""
+    reference = GOLD["res"]["greedy_4+60"]
+    tie = first_near_tie(reference["top2_gap"])
+    assert tie > 40
+    ids = IDS[:num_tokens]
+    with engine(GOLDEN, WINDOW, max_num_batched_tokens=128) as llm:
+        runner = runner_of(llm)
+        assert type(runner).__name__ == "StreamCPUModelRunner"
+        assert runner.req_states.all_token_ids.gpu.shape[1] == requests.ROW_TOKENS
+        read, written = generate(
+            llm,
+            [ids, IDS[: reference["prompt_len"]]],
+            [greedy(1, prompt_logprobs=0), greedy(num_written)],
+        )
+        assert worst(
+            prompt_losses(read), GOLD["res"]["4+60"]["nll"][: len(ids) - 1]
+        ) < (1e-3)
+        tokens = list(written.outputs[0].token_ids)
+        assert tokens[:tie] == reference["tokens"][:tie]
+        assert len(tokens) == num_written
+        assert pool_is_empty(llm)
+        assert not runner.req_states.unread
+        assert not runner.req_states.texts
+
+
+def cuda_backend() -> None:
+    """The same by our CUDA backend, shorter: the interpreter takes its time."""
+    losses_and_tokens(num_tokens=120, num_written=56)
+
+
+PENALTIES = {
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.2,
+    "presence_penalty": 0.1,
+}
+
+
+SURE = 2e-4
+"""Gap of the two best log-probabilities that no order of summation closes."""
+
+
+class Text(NamedTuple):
+    """Written tokens, and how far they are determined in float32."""
+
+    tokens: list[int]
+    sure: int
+
+
+def sampled(llm: Any, num_tokens: int) -> list[Text]:
+    """Texts by everything that looks back: penalties, bad words, seeds."""
+    bad = greedy(num_tokens, logprobs=2)
+    first = generate(llm, [IDS[:40]], greedy(12))[0].outputs[0].token_ids
+    bad._bad_words_token_ids = [list(first[4:6]), list(first[8:11])]
+    params = [
+        greedy(min(num_tokens, 50), logprobs=2, **PENALTIES),
+        bad,
+        greedy(num_tokens, logprobs=2, temperature=1.0, seed=3),
+        greedy(num_tokens, logprobs=2, min_tokens=20),
+    ]
+    prompts = [IDS[:200], IDS[:40], IDS[:90], IDS[5:60]]
+    texts = []
+    for output, asked in zip(generate(llm, prompts, params), params, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        gaps = []
+        for entry in output.outputs[0].logprobs:
+            best, second = sorted(entry.values(), key=lambda item: item.rank)[:2]
+            gaps.append(best.logprob - second.logprob)
+        sure = next((i for i, gap in enumerate(gaps) if gap < SURE), len(gaps))
+        texts.append(Text(tokens, 20 if asked.seed else sure))
+    return texts
+
+
+def check_equal(mine: list[Text], theirs: list[Text]) -> None:
+    for text, other in zip(mine, theirs, strict=True):
+        assert other.sure > 10
+        assert text.tokens[: other.sure] == other.tokens[: other.sure]
+        assert len(text.tokens) == len(other.tokens)
+
+
+PROCESSED = {"logprobs_mode": "processed_logprobs", "max_num_batched_tokens": 64}
+
+
+def sampling() -> None:
+    """The same tokens as stock vLLM, where that has the whole text at hand."""
+    with engine(GOLDEN, None, **PROCESSED) as llm:
+        stock = sampled(llm, 80)
+    with engine(GOLDEN, (4, 251), **PROCESSED) as llm:
+        check_equal(sampled(llm, 80), stock)
+
+
+def bad_words() -> None:
+    """A word that comes late, when a row has slid along its text, and is then bad."""
+    count = 120
+    assert count > 2 * 32
+    with engine(GOLDEN, WINDOW) as llm:
+        text = list(generate(llm, [IDS[:40]], greedy(count))[0].outputs[0].token_ids)
+        pairs = [tuple(text[i : i + 2]) for i in range(count - 1)]
+        late = next(i for i in range(100, count - 1) if pairs.index(pairs[i]) == i)
+        params = greedy(count)
+        params._bad_words_token_ids = [list(pairs[late])]
+        other = list(generate(llm, [IDS[:40]], params)[0].outputs[0].token_ids)
+    assert other[: late + 1] == text[: late + 1]
+    assert other[late + 1] != text[late + 1]
+
+
+CASES: dict[str, Callable[[], None]] = {
+    case.__name__: case
+    for case in (losses_and_tokens, cuda_backend, sampling, bad_words)
+}
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]]()
+    print("passed")
