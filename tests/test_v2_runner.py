@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         ["cuda_backend", "--cuda-backend"],
         ["sampling"],
         ["bad_words"],
+        ["preemption"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -184,9 +184,30 @@ def bad_words() -> None:
     assert other[late + 1] != text[late + 1]
 
 
+def preemption() -> None:
+    """A pool too small for all: preempted and resumed, each text is as it is alone."""
+    with engine(GOLDEN, WINDOW, block_size=16, **PROCESSED) as llm:
+        alone = sampled(llm, 80)
+    with engine(
+        GOLDEN, WINDOW, block_size=16, num_gpu_blocks_override=18, **PROCESSED
+    ) as llm:
+        scheduler = core(llm).scheduler
+        preempted = []
+        preempt = scheduler._preempt_request
+
+        def counted(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = counted
+        check_equal(sampled(llm, 80), alone)
+        assert max(preempted) > 0
+        assert pool_is_empty(llm)
+
+
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
-    for case in (losses_and_tokens, cuda_backend, sampling, bad_words)
+    for case in (losses_and_tokens, cuda_backend, sampling, bad_words, preemption)
 }
 
 if __name__ == "__main__":
