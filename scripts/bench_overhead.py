@@ -36,6 +36,8 @@ from tqdm import tqdm
 
 SINK_TOKENS = 4
 SETTLING_STEPS = 8
+UNTIMED_STEPS = 4
+"""First steps of a block: they find the caches full of the other engine's data."""
 Row = dict[str, Any]
 
 
@@ -78,7 +80,7 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
         except EOFError:
             raise SystemExit(f"the {name} engine did not start; see above") from None
     rows = []
-    steps = args.blocks * args.steps
+    steps = block_steps(args)
     cells = [(side, n) for n in args.streams for side in ("inside", "past")]
     try:
         with tqdm(total=len(cells) * args.blocks, unit="block") as bar:
@@ -118,7 +120,12 @@ def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str,
 def longest_text(args: argparse.Namespace) -> int:
     """Tokens that a text of the stock engine may have."""
     settling = SETTLING_STEPS + max(args.streams)
-    return int(args.window + args.blocks * args.steps + 2 * settling)
+    return int(args.window + block_steps(args) + 2 * settling)
+
+
+def block_steps(args: argparse.Namespace) -> int:
+    """Steps of all blocks of an engine, the untimed ones too."""
+    return int(args.blocks * (UNTIMED_STEPS + args.steps))
 
 
 def command(verb: str, connection: Connection, *arguments: int) -> Any:
@@ -152,10 +159,11 @@ def serve(
             for _ in range(SETTLING_STEPS):
                 list(requests.step())
         elif verb == "run":
-            for _ in range(arguments[0]):
+            for step in range(UNTIMED_STEPS + arguments[0]):
                 begun = time.perf_counter()
                 deltas = list(requests.step())
-                answer.append(time.perf_counter() - begun)
+                if step >= UNTIMED_STEPS:
+                    answer.append(time.perf_counter() - begun)
                 assert deltas, "a step without a token is none to time"
         else:
             names = list(requests.engine.output_processor.request_states)
@@ -261,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--kv-gib", type=float, default=3.0, help="KV cache of each engine, GiB")
     add("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
-    texts = args.blocks * args.steps + max(args.streams) + SETTLING_STEPS
+    texts = block_steps(args) + max(args.streams) + SETTLING_STEPS
     if args.window < texts + 64:
         parser.error(f"--window must be at least {texts + 64} for so many steps")
     if args.blocks < 2:
