@@ -9,8 +9,8 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
 )
-# Without a GPU, Triton kernels run in Triton's interpreter. A process chooses it when it
-# imports Triton, which vLLM does; with TRITON_INTERPRET=0 they run on the GPU.
+# Without a GPU, Triton kernels run in Triton's interpreter. A process chooses it when
+# it imports Triton, which vLLM does; with TRITON_INTERPRET=0 they run on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # It would override what the tests give their KV caches.
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
