@@ -13,9 +13,10 @@ The floor: a decode reads every resident key and value once, so it cannot be fas
 `batch * resident * 2 * kv_heads * head_size * element_size` bytes over the bandwidth
 of reading as much memory again and again; a prefill cannot be faster than
 `4 * tokens * resident * heads * head_size` operations over the rate of a large matrix
-product of the same dtype; a write reads and writes its keys and values once. Both rates
-are measured here, on the same threads and in huge pages where they are used. What
-neighbours do to memory and caches meanwhile makes a floor as uncertain as a cell.
+product, of the same dtype or of float32, whichever is faster; a write reads and writes
+its keys and values once. Both rates are measured here, on the same threads and in huge
+pages where they are used. What neighbours do to memory and caches meanwhile makes a
+floor as uncertain as a cell.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import vllm._C  # noqa: F401  registers the stock kernels
 from provenance import provenance
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from sink_paged.attention import cpu
@@ -238,8 +239,7 @@ class Rates:
         """Of matrix products of `dtype`, of memory in huge pages or not."""
         self._huge_pages = huge_pages
         self._bandwidths: dict[int, float] = {}
-        matrix = torch.randn(1024, 1024).to(dtype)
-        self.operations = 2 * 1024**3 / _fastest(lambda: matrix @ matrix, 8)
+        self.operations = max(_product_rate(dtype), _product_rate(torch.float32))
 
     def bandwidth(self, nbytes: int) -> float:
         """Bytes/s of reading about `nbytes` again and again."""
@@ -253,6 +253,12 @@ class Rates:
             seconds = _fastest(memory.max, min(repeats, 200))
             self._bandwidths[size] = size / seconds
         return self._bandwidths[size]
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """Operations/s of a large matrix product."""
+    matrix = torch.randn(1024, 1024).to(dtype)
+    return 2 * 1024**3 / _fastest(lambda: matrix @ matrix, 8)
 
 
 def _fastest(call: Callable[[], object], repeats: int) -> float:
@@ -343,6 +349,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    current_platform.import_kernels()
     cpu.prepare(torch.float32)
     rows: list[dict[str, object]] = []
     print(

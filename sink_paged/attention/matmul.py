@@ -2,9 +2,9 @@
 """Register-tiled matrix product on the raw memory of a page, for every dtype."""
 
 import functools
-import itertools
 from typing import Any
 
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 
@@ -27,6 +27,19 @@ from sink_paged.attention.simd import (
     store,
     widen,
 )
+
+# 16 lanes are one of 32 registers with AVX-512, else two of 16, which hold 6 sums of 16
+# lanes, what they are multiplied with, and nothing else.
+AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
+# Tiles: (kind, rows, vectors of 16 lanes).
+_WIDE = [(k, r, v) for k in range(3) for r in (4, 2, 1) for v in (4, 2, 1)]
+_WIDE += [(FLOAT16, 8, 2), (FLOAT16, 8, 1)]
+_NARROW = [
+    (k, r, v)
+    for k in range(3)
+    for r, v in ((6, 1), (4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4))
+]
+TILES = _WIDE if AVX512 else _NARROW
 
 
 def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
@@ -115,20 +128,40 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
 def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) -> None:
     tiles = builder.add(builder.mul(rows, ir.Constant(I64, 10)), vectors)
     case = builder.add(builder.mul(kind, ir.Constant(I64, 100)), tiles)
-    keys = [
-        *itertools.product(range(3), (4, 2, 1), (4, 2, 1)),
-        *itertools.product((FLOAT16,), (8,), (2, 1)),
-    ]
     variants = {
         100 * kind + 10 * rows + vectors: functools.partial(
             _product, kind=kind, rows=rows, vectors=vectors
         )
-        for kind, rows, vectors in keys
+        for kind, rows, vectors in TILES
     }
     emit_variants(builder, case, variants, "sink_paged.product", args)
 
 
 _product_tile = primitive(types.void, (types.int64,) * 12, _emit_product)
+
+
+@jit
+def _tile_width(kind: int, rows: int, vectors: int) -> int:
+    """Vectors of the next tiles, which share what is read, of `vectors` left."""
+    if AVX512:
+        widest = 2 if kind == FLOAT16 and rows >= 8 else 4
+    else:
+        widest = 4 if rows == 1 else (2 if rows < 4 else 1)
+    if vectors >= widest:
+        return widest
+    return 2 if vectors >= 2 else 1
+
+
+@jit
+def _tile_height(width: int, kind: int, rows: int) -> int:
+    """Rows of the next tile of `width` vectors, of `rows` left."""
+    if AVX512:
+        # float16 costs a conversion a load, which more rows share.
+        if kind == FLOAT16 and width <= 2 and rows >= 8:
+            return 8
+    elif width == 1 and rows >= 6:
+        return 6
+    return 4 if rows >= 4 else (2 if rows >= 2 else 1)
 
 
 @jit
@@ -153,16 +186,12 @@ def multiply(
     lane side by side, `depth_stride` for both; of an odd depth the second element of
     the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
     """
-    # float16 costs a conversion a load, which more rows share.
-    tall = kind == FLOAT16 and rows >= 8
     v = 0
     while v < vectors:
-        width = 4 if v + 4 <= vectors and not tall else (2 if v + 2 <= vectors else 1)
+        width = _tile_width(kind, rows, vectors - v)
         r = 0
         while r < rows:
-            height = 4 if r + 4 <= rows else (2 if r + 2 <= rows else 1)
-            if tall and r + 8 <= rows:
-                height = 8
+            height = _tile_height(width, kind, rows - r)
             _product_tile(
                 kind,
                 height,
