@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput over concurrent streams that are longer than the window.
+r"""Throughput over concurrent streams that are longer than the window.
 
 Peers, each in a process of its own for every measurement, interleaved:
 
