@@ -22,6 +22,9 @@ STYLES = {
     "openvino_full": ("OpenVINO GenAI, full attention", "C5", "P"),
 }
 
+FAR_APART = 5
+"""Ratio of times from which an axis is logarithmic."""
+
 
 def plot_all(rows: list[Row], measurements: list[Row], folder: Path) -> list[Path]:
     """Write what there is data for; the files written."""
@@ -110,7 +113,11 @@ def _time_per_token(measurements: list[Row]) -> Any:
         for number, axis in zip(streams, row, strict=True):
             title = f"window {window}, {number} stream{'s' * (number > 1)}"
             axis.set_title(title, fontsize=10)
-            _log_scale(axis)
+            times = [time for line in axis.lines for time in line.get_ydata()]
+            if times and max(times) > FAR_APART * min(times):
+                _log_scale(axis)
+            else:
+                axis.set_ylim(bottom=0)
             axis.set_xlabel("text, tokens")
             axis.grid(alpha=0.3, which="both")
         row[0].set_ylabel("time per output token, ms")
