@@ -69,7 +69,7 @@ endef
 export CHECK_PYTHON CHECK_INSTALL
 
 .DEFAULT_GOAL := help
-.PHONY: install serve test support demo lint clean help check-python check-compiler
+.PHONY: install serve test support demo bench lint clean help check-python check-compiler
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' \
@@ -125,6 +125,9 @@ support: install  ## run the model families' tests; write the README's support t
 
 demo: install  ## what sink eviction does, measured on the bundled model
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py $(ARGS)
+
+bench: install  ## three minutes: throughput of concurrent streams beside other engines
+	$(BIN)/python scripts/bench_streams.py --quick $(ARGS)
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build $(NAMING)/build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
