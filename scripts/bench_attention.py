@@ -325,6 +325,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     axes.barh(labels, ratios, xerr=[low, high], color=colors)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
+    axes.margins(y=0.5 / len(rows))
     axes.tick_params(labelsize=7)
     axes.set_xlabel("time of sink attention / time of stock attention")
     figure.tight_layout()

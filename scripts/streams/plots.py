@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from streams.summary import Row, speedups  # noqa: E402
 
@@ -62,9 +63,14 @@ def _grid(columns: int, rows: int = 1) -> Any:
 def _log_scale(axis: Any) -> None:
     """Logarithmic, labelled with plain numbers."""
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="y", which="both", labelsize=8)
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="y", labelsize=8)
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _throughput(rows: list[Row]) -> Any:
@@ -121,7 +127,9 @@ def _time_per_token(measurements: list[Row]) -> Any:
             axis.set_xlabel("text, tokens")
             axis.grid(alpha=0.3, which="both")
         row[0].set_ylabel("time per output token, ms")
-    axes[0][0].legend(fontsize=8)
+    # A peer need not be in every axis.
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    axes[0][0].legend(handles=list(lines.values()), fontsize=8)
     return figure
 
 
@@ -145,7 +153,7 @@ def _speedup(rows: list[Row]) -> Any:
         bars = axes[0][0].bar(
             [place + shift for place in places], times, 0.4, color=color, label=label
         )
-        axes[0][0].bar_label(bars, fmt="%.3g", fontsize=8)
+        axes[0][0].bar_label(bars, fmt=_three_digits, fontsize=8)
     _log_scale(axes[0][0])
     axes[0][0].set_ylabel("time per output token, ms")
     axes[0][0].legend(fontsize=8)
