@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What sink eviction adds to a step of vLLM, at equal resident tokens.
+"""What sink eviction adds to a step of vLLM, at equal resident tokens.
 
 A streaming engine and a stock one, with the same settings, decode in turns: a block of
 steps of the one, then of the other, so that both meet the same noise. A step is

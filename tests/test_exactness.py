@@ -73,7 +73,6 @@ def test_half_precision(golden: dict[str, Any], dtype: str) -> None:
     It does about as much as in stock vLLM to a text inside the window, and no more to
     the end of a text than to its beginning.
     """
-
     errors = []
     for sinks, key in ((None, "dense200"), ((4, 60), "4+60")):
         reference = golden["res"][key]["nll"]

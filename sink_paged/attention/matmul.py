@@ -153,7 +153,7 @@ def _tile_width(kind: int, rows: int, vectors: int) -> int:
 
 
 @jit
-def _tile_height(width: int, kind: int, rows: int) -> int:
+def _tile_height(kind: int, width: int, rows: int) -> int:
     """Rows of the next tile of `width` vectors, of `rows` left."""
     if AVX512:
         # float16 costs a conversion a load, which more rows share.
@@ -191,7 +191,7 @@ def multiply(
         width = _tile_width(kind, rows, vectors - v)
         r = 0
         while r < rows:
-            height = _tile_height(width, kind, rows - r)
+            height = _tile_height(kind, width, rows - r)
             _product_tile(
                 kind,
                 height,
