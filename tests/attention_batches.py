@@ -21,6 +21,24 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 DTYPES = list(TOLERANCE)
 
 
+def store(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    """`cpu.write_kv` without its kernel: the inverse of `cpu.read_kv`."""
+    block_size = kv_cache.shape[2]
+    keys, values = cpu.read_kv(kv_cache)
+    written = slots >= 0
+    blocks, offsets = slots[written] // block_size, slots[written] % block_size
+    keys[blocks, :, offsets] = key[written]
+    values[blocks, :, offsets] = value[written]
+    pair = 2 if kv_cache.dtype == torch.bfloat16 else 1
+    key_tiles = keys.unflatten(2, (-1, 16)).unflatten(4, (-1, pair))
+    value_tiles = values.unflatten(2, (-1, pair)).unflatten(4, (-1, 16))
+    parts = (
+        key_tiles.permute(0, 1, 2, 4, 3, 5).flatten(2),
+        value_tiles.permute(0, 1, 4, 2, 5, 3).flatten(2),
+    )
+    kv_cache.copy_(torch.cat(parts, dim=2).view(kv_cache.shape))
+
+
 @dataclass
 class Batch:
     """A batch of streams in a cache whose unused slots are NaN.
@@ -56,6 +74,7 @@ class Batch:
         # Texts by request: keys and values, [seq_len, num_kv_heads, head_size].
         self.texts: list[tuple[Tensor, Tensor]] = []
         free = iter(torch.randperm(num_blocks - 1, generator=generator).add(1).tolist())
+        all_slots = []
         for request, (tokens, seq_len) in enumerate(self.chunks):
             key = randn(seq_len, self.num_kv_heads, self.head_size).to(self.dtype)
             value = randn(seq_len, self.num_kv_heads, self.head_size).to(self.dtype)
@@ -72,7 +91,9 @@ class Batch:
                 begin = block * self.block_size
                 end = min(begin + self.block_size, seq_len)
                 slots[begin:end] = number * self.block_size + torch.arange(end - begin)
-            cpu.write_kv(key, value, self.kv_cache, slots)
+            all_slots.append(slots)
+        keys, values = (torch.cat(texts) for texts in zip(*self.texts, strict=True))
+        store(keys, values, self.kv_cache, torch.cat(all_slots))
         lengths = torch.tensor([0, *(tokens for tokens, _ in self.chunks)])
         self.query_start_loc = lengths.cumsum(0).int()
         self.seq_lens = torch.tensor([end for _, end in self.chunks], dtype=torch.int32)

@@ -4,19 +4,23 @@
 The kernels against their oracles; the 2023 code's losses and greedy tokens on both of
 vLLM's model runners, eager, compiled and in CUDA graphs; an 8-bit cache against stock
 vLLM; then the time of the attention kernel beside vLLM's own. Each part runs in a
-process of its own and prints a line. ``--only`` takes some of them, as ``--list`` names
-them. Without a CUDA device all are skipped.
+process of its own and prints a line; ``--jobs`` runs several beside each other, but
+what measures time or memory after the others, alone. ``--only`` takes some of them, as
+``--list`` names them. Without a CUDA device all are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +77,13 @@ def gpu_engine(sinks: tuple[int, int] | None, **options: Any) -> Any:
     """``tests.engines.engine`` on the golden model, without its defaults for a CPU."""
     from tests.engines import GOLDEN, engine
 
-    return engine(GOLDEN, sinks, **{"enforce_eager": False, **options})
+    # Enough for a pocket model; several checks may share the device.
+    defaults = {"enforce_eager": False, "gpu_memory_utilization": 0.05}
+    return engine(GOLDEN, sinks, **{**defaults, **options})
 
 
 def check_long_stream() -> str:
-    """300,000 tokens of a stream, read and written, in graphs: memory is flat."""
+    """200,000 tokens read and 20,000 written, in graphs: the memory is flat."""
     import torch
 
     from tests.engines import generate, greedy, kv_cache_manager, pool_is_empty
@@ -87,7 +93,7 @@ def check_long_stream() -> str:
         generate(llm, [ids[:5000]], greedy(500))
         before = torch.cuda.memory_reserved()
         start = time.perf_counter()
-        generate(llm, [ids], greedy(100_000))
+        generate(llm, [ids], greedy(20_000))
         seconds = time.perf_counter() - start
         grown = torch.cuda.memory_reserved() - before
         blocks = kv_cache_manager(llm).block_pool.num_gpu_blocks
@@ -120,7 +126,9 @@ def check_fp8() -> str:
 
 def run_tests(*paths: str) -> str:
     """Test modules whose kernels run on the GPU where there is one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *paths]
+    command = [sys.executable, "-m", "pytest", "-q", *paths]
+    if importlib.util.find_spec("xdist"):  # each process compiles kernels of its own
+        command += ["-n", "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout.strip().splitlines()[-1]
@@ -150,13 +158,48 @@ for _version in ("1", "0"):
             lambda mode=_mode: check_engine(mode),  # type: ignore[misc]
             {"VLLM_USE_V2_MODEL_RUNNER": _version},
         )
-CHECKS["long stream"] = (check_long_stream, {})
 CHECKS["8-bit cache"] = (check_fp8, {})
 CHECKS["two GPUs"] = (
     lambda: check_engine("default", tensor_parallel=2),
     {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
 )
+CHECKS["long stream"] = (check_long_stream, {})
 CHECKS["time"] = (run_timing, {})
+ALONE = ("two GPUs", "long stream", "time")
+"""Checks that nothing may run beside; the last ones."""
+
+
+def run_check(name: str) -> bool:
+    """Run a check in a process of its own and print what it said.
+
+    Returns:
+        Whether it passed.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CACHE_ROOT": cache,
+            "TRITON_INTERPRET": "0",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), os.environ.get("PYTHONPATH", "")]
+            ),
+        }
+        done = subprocess.run(
+            [sys.executable, __file__, "--here", name],
+            cwd=ROOT,
+            env={**os.environ, **environment, **CHECKS[name][1]},
+            capture_output=True,
+            text=True,
+        )
+    said = done.stdout.strip()
+    if done.returncode:
+        said = "FAILED\n" + done.stdout[-1000:] + done.stderr[-3000:]
+    print(f"{name} ({time.perf_counter() - start:.0f} s): {said}", flush=True)
+    return done.returncode == 0
 
 
 def main() -> int:
@@ -164,6 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", action="store_true", help="name the checks and stop")
     parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     parser.add_argument("--here", choices=CHECKS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
@@ -178,37 +222,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return 0
-    failed = []
-    for name in args.only or CHECKS:
-        if name == "two GPUs" and torch.cuda.device_count() < 2:
-            print(f"{name}: skipped: one GPU", flush=True)
-            continue
-        environment = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "TRITON_INTERPRET": "0",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), os.environ.get("PYTHONPATH", "")]
-            ),
-        }
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, __file__, "--here", name],
-            cwd=ROOT,
-            env={**os.environ, **environment, **CHECKS[name][1]},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            failed.append(name)
-        said = (
-            done.stdout.strip()
-            if done.returncode == 0
-            else "FAILED\n" + (done.stdout[-1000:] + done.stderr[-3000:])
-        )
-        print(f"{name} ({time.perf_counter() - start:.0f} s): {said}", flush=True)
+    names = list(args.only or CHECKS)
+    if "two GPUs" in names and torch.cuda.device_count() < 2:
+        names.remove("two GPUs")
+        print("two GPUs: skipped: one GPU", flush=True)
+    names.sort(key=lambda name: name in ALONE)  # keeps the order otherwise
+    shared = [name for name in names if name not in ALONE]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        passed = dict(zip(shared, pool.map(run_check, shared), strict=True))
+    for name in names[len(shared) :]:
+        passed[name] = run_check(name)
+    failed = [name for name in names if not passed[name]]
     print("failed: " + ", ".join(failed) if failed else "all passed")
     return int(bool(failed))
 

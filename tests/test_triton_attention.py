@@ -28,6 +28,7 @@ from tests.attention_batches import (
     TOLERANCE,
     Batch,
     batches,
+    store,
 )
 
 DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
@@ -285,7 +286,7 @@ def test_fp8_cache(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     shape = (*keys.shape[:3], 128)
     exact = torch.empty(shape)
     flat = [x.transpose(1, 2).flatten(0, 1).contiguous() for x in (keys, values)]
-    cpu.write_kv(*flat, exact, torch.arange(len(flat[0])))
+    store(*flat, exact, torch.arange(len(flat[0])))
     actual = run(batch, cache=cache, k_scale=k_scale, v_scale=v_scale).float()
     batch.kv_cache = exact
     expected = batch.run(reference.sink_attention).float()
