@@ -3,6 +3,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import vllm
 
 def provenance() -> dict[str, object]:
     """Revision, versions, arguments and hardware."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    revision = ""
+    if shutil.which("git"):
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -27,6 +30,7 @@ def provenance() -> dict[str, object]:
         "vllm": vllm.__version__,
         "python": platform.python_version(),
         "argv": sys.argv[1:],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": model,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
