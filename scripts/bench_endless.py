@@ -2,13 +2,17 @@
 """What a stream without an end costs: step time, memory and KV blocks over its text.
 
 Runs vLLM with sink eviction, its front end (this process), engine core and worker each
-in a process of its own, through four scenarios:
+in a process of its own, through these scenarios:
 
 - ``prefill``: one prompt of millions of tokens, read in chunks;
 - ``decode``: one stream that writes hundreds of thousands of tokens;
 - ``side-by-side``: many streams that write at once;
 - ``mixed``: one stream that writes beside short requests that come and go, which share
-  beginnings in the prefix cache; its tokens and theirs are compared with those alone.
+  beginnings in the prefix cache; its tokens and theirs are compared with those alone;
+- ``paired``: two engines as ``bench_overhead.py`` starts them, one with a stream that
+  writes on and on, the other at every tenth of its text with a new one just past the
+  window. Both step in turns, so that noise and drift of the machine fall on both; a
+  ratio of their steps that stays is a step time that does not grow.
 
 For each it reports the median step time in every tenth of the text (of what lies past
 the window), the resident set size of each process against the text, fitted by a line,
@@ -44,6 +48,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 
+import bench_overhead
 import numpy as np
 import psutil
 from provenance import provenance
@@ -56,9 +61,11 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 SINK_TOKENS = 4
+SCENARIOS = ["prefill", "decode", "side-by-side", "mixed", "paired"]
 TENTHS = 10
 CHUNK = 2048
 MEMORY_SECONDS = 0.5
+PAIRED_BLOCKS, PAIRED_STEPS = 32, 64
 SHORT_PROMPT, SHORT_OUTPUT, SHORT_AT_ONCE = 96, 32, 3
 SHAPE_7M = {
     "vocab_size": 8192,
@@ -292,6 +299,56 @@ def run_mixed(
     }
 
 
+def run_paired(model: str, context: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Steps of a stream that grows, over those of a new one, in turns.
+
+    Args:
+        model: folder of the model.
+        context: resident tokens.
+        max_tokens: that the stream writes.
+
+    Returns:
+        At the window's end and every tenth of the text: its length, both median steps
+        in milliseconds, their ratio and the quartiles of the ratios of the blocks, as
+        ``bench_overhead.compare`` names them.
+    """
+    args = argparse.Namespace(
+        model=model,
+        window=context,
+        streams=[1],
+        blocks=PAIRED_BLOCKS,
+        steps=PAIRED_STEPS,
+        dtype="float32",
+        eager=False,
+        kv_gib=1.0,
+    )
+    command = bench_overhead.command
+    marks = []
+    names = {"long": "ours", "young": "ours"}
+    with bench_overhead.engines(names, model, args) as engines:
+        text = 64 + bench_overhead.SETTLING_STEPS
+        compared_steps = bench_overhead.block_steps(args)
+        most = 2 * (max_tokens + TENTHS * compared_steps)
+        command("begin", engines["long"], 1, 64, most)
+        with progress(max_tokens, "paired") as bar:
+            for tenth in range(TENTHS + 1):
+                goal = max(2 * context, max_tokens * tenth // TENTHS)
+                while text < goal:
+                    steps = min(1000, goal - text)
+                    command("run", engines["long"], steps)
+                    text += steps + bench_overhead.UNTIMED_STEPS
+                    bar.update(steps)
+                most = 2 * compared_steps
+                command("begin", engines["young"], 1, 2 * context, most)
+                times = bench_overhead.in_turns(engines, args.blocks, args.steps)
+                command("end", engines["young"])
+                text += compared_steps
+                compared = bench_overhead.compare(times["long"], times["young"])
+                mark = {"tokens": text} | compared
+                marks.append(mark)
+    return marks
+
+
 def summarise(series: Series, filled: int) -> dict[str, Any]:
     """Step time by tenths, growth of memory, blocks; past ``filled`` tokens of text."""
     tokens, seconds = np.array(series.tokens), np.array(series.seconds)
@@ -361,6 +418,7 @@ def run_model(
         ("decode", "decode_tokens", 1),
         ("side-by-side", "stream_tokens", 1),
         ("mixed", "mixed_tokens", 1),
+        ("paired", "decode_tokens", 1),
     ):
         least = filled + TENTHS * per_step
         if scenario in args.scenarios and getattr(args, option) <= least:
@@ -372,14 +430,32 @@ def run_model(
     beginning = rng.integers(vocab, size=64).tolist()
     results: dict[str, Any] = {}
 
-    def report(name: str, series: Series, more: dict[str, Any] | None = None) -> None:
-        summary = summarise(series, filled) | (more or {})
-        results[name] = {"summary": summary, "series": thin(series)}
+    def keep(name: str, summary: dict[str, Any], series: dict[str, Any]) -> None:
+        results[name] = {"summary": summary, "series": series}
         save({"cache_config": [SINK_TOKENS, window], "scenarios": results})
         print(f"\n{name}: {json.dumps(summary, indent=1)}", flush=True)
 
+    def report(name: str, series: Series, more: dict[str, Any] | None = None) -> None:
+        keep(name, summarise(series, filled) | (more or {}), thin(series))
+
+    wanted = args.scenarios
+    if "paired" in wanted:
+        context = window + SINK_TOKENS + 1
+        marks = run_paired(model, context, args.decode_tokens)
+        summary = {
+            "long_over_young": [mark["ratio"] for mark in marks],
+            "quartiles": [mark["ratio_quartiles"] for mark in marks],
+            "last_over_first": marks[-1]["ratio"] / marks[0]["ratio"],
+        }
+        columns = {"tokens": "tokens", "step_ms": "ours_ms", "young_ms": "stock_ms"}
+        keep(
+            "paired",
+            summary,
+            {name: [mark[key] for mark in marks] for name, key in columns.items()},
+        )
+    if wanted == ["paired"]:
+        return
     with started(model, window, args.streams, args.stock) as engine:
-        wanted = args.scenarios
         if "prefill" in wanted:
             prompt = rng.integers(vocab, size=args.prefill_tokens).tolist()
             series, _ = run_streams(engine, [prompt], 1, "prefill")
@@ -423,7 +499,8 @@ def plot(models: dict[str, Any], path: Path) -> None:
                 if f"{role}_mib" in series:
                     resident = np.array(series[f"{role}_mib"])
                     axes[1].plot(series["memory_tokens"], resident, color + style)
-            axes[2].plot(series["memory_tokens"], series["kv_blocks"], color)
+            if "kv_blocks" in series:
+                axes[2].plot(series["memory_tokens"], series["kv_blocks"], color)
         titles = (
             "step, ms",
             "resident, MiB (-- engine core, : front end)",
@@ -455,8 +532,8 @@ def main() -> None:
     parser.add_argument(
         "--scenarios",
         nargs="+",
-        default=["prefill", "decode", "side-by-side", "mixed"],
-        choices=["prefill", "decode", "side-by-side", "mixed"],
+        default=SCENARIOS,
+        choices=SCENARIOS,
     )
     parser.add_argument(
         "--stock", type=int, default=0, help="stock vLLM of this context length instead"

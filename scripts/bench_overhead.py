@@ -24,6 +24,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,8 +47,6 @@ def main() -> None:
     """Run all cells, print and save."""
     args = parse_arguments()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    # Both engines run in processes that they have for themselves.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -66,47 +66,78 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, model: str) -> list[Row]:
     """A row for each number of streams and each side of the window."""
-    context = get_context("spawn")
-    engines: dict[str, Connection] = {}
-    children = []
-    for name in ("ours", "stock"):
-        engines[name], theirs = context.Pipe()
-        child = context.Process(target=serve, args=(theirs, name, model, args))
-        child.start()
-        theirs.close()
-        children.append(child)
-        try:
-            engines[name].recv()  # started
-        except EOFError:
-            raise SystemExit(f"the {name} engine did not start; see above") from None
     rows = []
     steps = block_steps(args)
     cells = [(side, n) for n in args.streams for side in ("inside", "past")]
+    names = {"ours": "ours", "stock": "stock"}
+    with (
+        engines(names, model, args) as connections,
+        tqdm(total=len(cells) * args.blocks, unit="block") as bar,
+    ):
+        for side, streams in cells:
+            bar.set_description(f"{side}, {streams} streams")
+            # While the last prompts are read, the first streams write.
+            settling = SETTLING_STEPS + streams
+            lengths = text_lengths(side, args.window, steps, settling)
+            most = steps + 2 * settling
+            for name, connection in connections.items():
+                command("begin", connection, streams, lengths[name], most)
+            times = in_turns(connections, args.blocks, args.steps, bar.update)
+            for connection in connections.values():
+                command("end", connection)
+            compared = compare(times["ours"], times["stock"])
+            rows.append({"side": side, "streams": streams} | compared)
+    return rows
+
+
+@contextmanager
+def engines(
+    names: dict[str, str], model: str, args: argparse.Namespace
+) -> Iterator[dict[str, Connection]]:
+    """Engines in processes of their own, by name; ``names`` says which is which.
+
+    Args:
+        names: ``ours`` or ``stock`` for the name of each.
+        model: folder of the model.
+        args: the settings.
+    """
+    context = get_context("spawn")
+    connections: dict[str, Connection] = {}
+    children = []
     try:
-        with tqdm(total=len(cells) * args.blocks, unit="block") as bar:
-            for side, streams in cells:
-                bar.set_description(f"{side}, {streams} streams")
-                # While the last prompts are read, the first streams write.
-                settling = SETTLING_STEPS + streams
-                lengths = text_lengths(side, args.window, steps, settling)
-                most = steps + 2 * settling
-                for name, connection in engines.items():
-                    command("begin", connection, streams, lengths[name], most)
-                times: dict[str, list[list[float]]] = {"ours": [], "stock": []}
-                for block in range(args.blocks):
-                    order = list(engines) if block % 2 else list(engines)[::-1]
-                    for name in order:
-                        times[name].append(command("run", engines[name], args.steps))
-                    bar.update()
-                for connection in engines.values():
-                    command("end", connection)
-                rows.append({"side": side, "streams": streams} | compare(times))
+        for name, kind in names.items():
+            connections[name], theirs = context.Pipe()
+            child = context.Process(target=serve, args=(theirs, kind, model, args))
+            child.start()
+            theirs.close()
+            children.append(child)
+            try:
+                connections[name].recv()  # started
+            except EOFError:
+                message = f"the {name} engine did not start; see above"
+                raise SystemExit(message) from None
+        yield connections
     finally:
-        for connection in engines.values():
+        for connection in connections.values():
             connection.close()
         for child in children:
             child.join()
-    return rows
+
+
+def in_turns(
+    connections: dict[str, Connection],
+    blocks: int,
+    steps: int,
+    after_block: Callable[[], object] = lambda: None,
+) -> dict[str, list[list[float]]]:
+    """Seconds of the steps of each block, by engine; who begins alternates."""
+    times: dict[str, list[list[float]]] = {name: [] for name in connections}
+    for block in range(blocks):
+        order = list(connections) if block % 2 else list(connections)[::-1]
+        for name in order:
+            times[name].append(command("run", connections[name], steps))
+        after_block()
+    return times
 
 
 def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str, int]:
@@ -138,6 +169,7 @@ def serve(
     connection: Connection, name: str, model: str, args: argparse.Namespace
 ) -> None:
     """An engine, in a process of its own, that steps when it is told to."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     requests = start(name, model, args)
     connection.send("started")
     rng = np.random.default_rng(0)
@@ -177,15 +209,18 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
     """The engine ``ours`` or ``stock``."""
     from streams.engine import Requests
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
     options: dict[str, Any] = {"max_model_len": longest_text(args)}
+    if current_platform.is_cuda():
+        options["gpu_memory_utilization"] = 0.45  # checked at the start: for two
     if name == "ours":
         settings = {
             "sink_tokens": SINK_TOKENS,
             "window_tokens": args.window - SINK_TOKENS - 1,
         }
-        options = {
+        options |= {
             "max_model_len": args.window,
             "additional_config": {"sink_paged": settings},
         }
@@ -204,21 +239,21 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
     return Requests(engine)
 
 
-def compare(times: dict[str, list[list[float]]]) -> Row:
+def compare(ours: list[list[float]], stock: list[list[float]]) -> Row:
     """Medians in milliseconds, their ratio, quartiles of the blocks' ratios."""
-    medians = {
-        name: statistics.median([t for block in blocks for t in block])
-        for name, blocks in times.items()
-    }
+    ours_median, stock_median = (
+        statistics.median([t for block in blocks for t in block])
+        for blocks in (ours, stock)
+    )
     ratios = [
-        statistics.median(ours) / statistics.median(stock)
-        for ours, stock in zip(times["ours"], times["stock"], strict=True)
+        statistics.median(a) / statistics.median(b)
+        for a, b in zip(ours, stock, strict=True)
     ]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
-        "ours_ms": 1e3 * medians["ours"],
-        "stock_ms": 1e3 * medians["stock"],
-        "ratio": medians["ours"] / medians["stock"],
+        "ours_ms": 1e3 * ours_median,
+        "stock_ms": 1e3 * stock_median,
+        "ratio": ours_median / stock_median,
         "ratio_quartiles": [low, high],
         "block_ratios": ratios,
     }

@@ -169,8 +169,8 @@ ALONE = ("two GPUs", "long stream", "time")
 """Checks that nothing may run beside; the last ones."""
 
 
-def run_check(name: str) -> bool:
-    """Run a check in a process of its own and print what it said.
+def run_check(name: str, seconds: float) -> bool:
+    """Run a check in a process of its own, `seconds` at most; print what it said.
 
     Returns:
         Whether it passed.
@@ -180,7 +180,7 @@ def run_check(name: str) -> bool:
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             "VLLM_CACHE_ROOT": cache,
             "TRITON_INTERPRET": "0",
             "HF_HUB_OFFLINE": "1",
@@ -188,18 +188,25 @@ def run_check(name: str) -> bool:
                 [str(ROOT), os.environ.get("PYTHONPATH", "")]
             ),
         }
-        done = subprocess.run(
-            [sys.executable, __file__, "--here", name],
-            cwd=ROOT,
-            env={**os.environ, **environment, **CHECKS[name][1]},
-            capture_output=True,
-            text=True,
-        )
-    said = done.stdout.strip()
-    if done.returncode:
-        said = "FAILED\n" + done.stdout[-1000:] + done.stderr[-3000:]
-    print(f"{name} ({time.perf_counter() - start:.0f} s): {said}", flush=True)
-    return done.returncode == 0
+        command = [sys.executable, __file__, "--here", name]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment, **CHECKS[name][1]},
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+            )
+            passed, said, problem = done.returncode == 0, done.stdout, done.stderr
+        except subprocess.TimeoutExpired as late:
+            parts = (late.stdout or b"", late.stderr or b"")
+            said, problem = (part.decode(errors="replace") for part in parts)
+            passed = False
+    if not passed:
+        said = "FAILED\n" + said[-1000:] + problem[-3000:]
+    print(f"{name} ({time.perf_counter() - start:.0f} s): {said.strip()}", flush=True)
+    return passed
 
 
 def main() -> int:
@@ -208,6 +215,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the checks and stop")
     parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
+    parser.add_argument("--timeout", type=float, default=900, help="s, of a check")
     parser.add_argument("--here", choices=CHECKS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
@@ -229,9 +237,10 @@ def main() -> int:
     names.sort(key=lambda name: name in ALONE)  # keeps the order otherwise
     shared = [name for name in names if name not in ALONE]
     with ThreadPoolExecutor(args.jobs) as pool:
-        passed = dict(zip(shared, pool.map(run_check, shared), strict=True))
+        results = pool.map(lambda name: run_check(name, args.timeout), shared)
+        passed = dict(zip(shared, results, strict=True))
     for name in names[len(shared) :]:
-        passed[name] = run_check(name)
+        passed[name] = run_check(name, args.timeout)
     failed = [name for name in names if not passed[name]]
     print("failed: " + ", ".join(failed) if failed else "all passed")
     return int(bool(failed))

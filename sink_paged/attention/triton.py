@@ -57,18 +57,18 @@ class _Launch(NamedTuple):
 def _plan(rows: int, head_size: int, element: int) -> _Launch:
     """Tile for at most `rows` rows: what registers and shared memory hold.
 
-    Keys and values of a tile take 32 KiB at most, so that 99 KiB of shared memory hold
-    any tile. One is in flight while another is multiplied: the two or more decodes that
-    fit a multiprocessor then keep its share of the memory's bandwidth busy. A float32
-    product is three TF32 ones and needs more registers.
+    Keys and values of a tile take 64 KiB at most with few rows, 32 KiB with many, so
+    that 99 KiB of shared memory hold any tile. A float32 product is three TF32 ones and
+    needs more registers.
     """
     padded = _power_of_two(head_size)
     most_rows = MAX_ROWS if element < 4 else 32
     rows = min(_power_of_two(rows), most_rows * 128 // max(128, padded))
-    tile_bytes = 8 << 10 if element == 4 and rows > 16 else 16 << 10
-    most_keys = 128 if rows <= 32 else 64
-    keys = min(most_keys, max(16, tile_bytes // (padded * element)))
-    many = rows == 128 or rows * padded >= 64 * 128 or padded * element > 512
+    tile_bytes = 32 << 10 if rows <= 32 and element < 4 else 16 << 10
+    if element == 4 and rows > 16:
+        tile_bytes = 8 << 10
+    keys = min(128, max(16, tile_bytes // (padded * element)))
+    many = rows == 128 or rows * padded > 64 * 128 or padded * element > 512
     return _Launch(rows, keys, 8 if many else 4, 3)
 
 
