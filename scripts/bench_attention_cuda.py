@@ -3,7 +3,8 @@
 
 Stock kernels attend sequences of exactly the resident length; ours streams far past
 their window with the same number of resident keys. A prefill attends a window in all of
-them. The kernels take turns in one process, each launch from a replayed CUDA graph, the
+them; ours takes the route that the backend takes, without the unrolling of the block
+tables, which all layers of a step share. The kernels take turns in one process, each launch from a replayed CUDA graph, the
 second-level cache full of other data; the time is the median. That of an empty kernel
 is part of each, and printed first.
 
@@ -24,6 +25,7 @@ import torch
 from provenance import provenance
 from torch import Tensor
 
+from sink_paged.attention import flash
 from sink_paged.attention import triton as ours
 from sink_paged.window import BlockWindow, SinkWindow
 
@@ -92,21 +94,33 @@ def make_ours(case: Case) -> Callable[[], Any]:
     inputs = Inputs.make(case, columns, 10 * case.resident + 37)
     output = torch.empty_like(inputs.query)
     angles = torch.randn(len(inputs.query), head_size // 2, device="cuda")
-    rotation = torch.cat([angles.cos(), angles.sin()], dim=1)
-    workspace = ours.Workspace(heads, kv_heads, head_size, inputs.query.device)
-    return lambda: ours.sink_attention(
+    tensors = (
         inputs.query,
         inputs.cache,
         output,
         inputs.starts,
         inputs.seq_lens,
         inputs.table,
-        rotation,
-        window=window,
-        scale=head_size**-0.5,
-        max_query_len=case.tokens,
-        workspace=workspace,
+        torch.cat([angles.cos(), angles.sin()], dim=1),
     )
+    options = {"window": window, "scale": head_size**-0.5, "max_query_len": case.tokens}
+    dtype = inputs.query.dtype
+    if (
+        case.tokens > 1
+        and flash.is_available()
+        and flash.suits(head_size, dtype, dtype)
+    ):
+        unrolled = flash.window_table(
+            inputs.starts,
+            inputs.seq_lens,
+            inputs.table,
+            window=window,
+            block_size=BLOCK_SIZE,
+            max_query_len=case.tokens,
+        )
+        return lambda: flash.sink_attention(*tensors, unrolled=unrolled, **options)
+    workspace = ours.Workspace(heads, kv_heads, head_size, inputs.query.device)
+    return lambda: ours.sink_attention(*tensors, workspace=workspace, **options)
 
 
 def stock_inputs(case: Case) -> tuple[Inputs, Tensor, Tensor, int]:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sink_paged.attention import cpu, reference
+from sink_paged.attention import cpu, flash, reference
 from sink_paged.attention import triton as kernel
 from sink_paged.window import SinkWindow, cdiv
 from tests.attention_batches import (
@@ -330,6 +330,127 @@ def test_padded_requests(decode: bool) -> None:
     batch.block_table = torch.cat([batch.block_table, nowhere])
     batch.chunks = [*batch.chunks, (0, 0), (0, 0), (0, 0)]
     torch.testing.assert_close(run(batch, split=decode), expected, atol=2e-6, rtol=0)
+
+
+def stand_in(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    query_start_loc: Tensor,
+    unrolled: flash.WindowTable,
+    *,
+    window_tokens: int,
+    scale: float,
+    soft_cap: float,
+    max_query_len: int,
+) -> Tensor:
+    """What FlashAttention returns for `flash.attend_window`."""
+    num_tokens, num_heads, _ = query.shape
+    norms = torch.full((num_heads, num_tokens), math.nan)
+    group = num_heads // keys.shape[2]
+    for request, length in enumerate(unrolled.lengths.tolist()):
+        begin, end = query_start_loc[request : request + 2].tolist()
+        assert end - begin <= max_query_len
+        assert length <= unrolled.max_length
+        blocks = unrolled.block_table[request, : cdiv(length, keys.shape[1])].long()
+        key, value = (
+            cache[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+            for cache in (keys, values)
+        )
+        logits = scale * torch.einsum("qhd,khd->hqk", query[begin:end].float(), key)
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        at = torch.arange(length - (end - begin), length)[:, None]
+        seen = torch.arange(length)[None]
+        visible = (seen <= at) & (seen >= at - window_tokens)
+        logits = logits.masked_fill(~visible, -math.inf)
+        norms[:, begin:end] = logits.logsumexp(-1)
+        weights = torch.softmax(logits, -1)
+        value = value.nan_to_num()  # of keys that no query sees
+        output[begin:end] = torch.einsum("hqk,khd->qhd", weights, value).to(
+            output.dtype
+        )
+    return norms
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("sinks", "block_size", "head_size", "rotary_dim", "dtype"),
+    [
+        (0, 16, 128, 128, torch.bfloat16),
+        (1, 32, 128, 64, torch.float16),
+        (4, 48, 80, 80, torch.bfloat16),
+        (17, 128, 96, 0, torch.float16),
+        (40, 16, 128, 128, torch.float16),
+        (130, 16, 256, 64, torch.bfloat16),
+    ],
+)
+def test_route_through_flash_attention(
+    sinks: int,
+    block_size: int,
+    head_size: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    interleaved: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its window and our sinks are the reference's sum, in a mixed batch too."""
+    assert flash.suits(head_size, dtype, dtype)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(flash, "attend_window", stand_in)
+    elif not flash.is_available():
+        pytest.skip("no FlashAttention 3")
+    window = SinkWindow(sinks, 60)
+    options: dict[str, Any] = {"interleaved": interleaved}
+    if interleaved:
+        options["soft_cap"] = 20.0
+    batch = Batch(
+        [*MIXED, (200, 500)],
+        window,
+        block_size=block_size,
+        head_size=head_size,
+        rotary_dim=rotary_dim,
+        dtype=dtype,
+        options=options,
+    )
+    expected = batch.run(reference.sink_attention).float()
+    end = batch.query_start_loc[-1:]  # a request without rows, which says nothing
+    starts = torch.cat([batch.query_start_loc, end]).to(DEVICE)
+    lengths = torch.cat([batch.seq_lens, torch.tensor([-5], dtype=torch.int32)])
+    nowhere = torch.full((1, batch.block_table.shape[1]), 2**30, dtype=torch.int32)
+    table = torch.cat([batch.block_table, nowhere]).to(DEVICE)
+    cache = packed(batch, "HND").nan_to_num()  # FlashAttention multiplies what it masks
+    unrolled = flash.window_table(
+        starts,
+        lengths.to(DEVICE),
+        table,
+        window=window,
+        block_size=block_size,
+        max_query_len=200,
+    )
+    assert unrolled.lengths[-1] == 0
+    output = torch.full(batch.query.shape, 7.0, dtype=dtype, device=DEVICE)
+    rotation = batch.sink_rotation
+    flash.sink_attention(
+        batch.query.to(DEVICE),
+        cache,
+        output,
+        starts,
+        lengths.to(DEVICE),
+        table,
+        None if rotation is None else rotation.to(DEVICE),
+        unrolled=unrolled,
+        window=window,
+        scale=head_size**-0.5,
+        max_query_len=200,
+        **options,
+    )
+    actual = output.float().cpu()
+    # The window's output is rounded before the sinks are added.
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    assert (actual[-2:] == 7.0).all()
 
 
 class Recorder:

@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def write_random_llama(
     folder: Path, max_position: int, dtype: str = "float32", **shape: Any
 ) -> None:
-    """Write a checkpoint without a tokenizer, the same one every time.
+    """Write a checkpoint without a tokenizer, the same one every time on a device.
 
     Args:
         folder: where to.
@@ -57,5 +57,8 @@ def write_random_llama(
     config = LlamaConfig(
         max_position_embeddings=max_position, initializer_range=0.1, **shape
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()

@@ -7,10 +7,8 @@ head_size * element_size * (S + R + 1)` bytes per KV head and stream; a partly e
 block is masked before it is read, and rows of a KV head share the read. The floor of a
 prefill is `4 * head_size * (S + R + 1)` operations per query head and token.
 
-The other route, FlashAttention over the window, a pass over the sinks and a merge by
-log-sum-exp, moves `4 * head_size + 8` bytes more per query head and takes two launches
-more, and FlashAttention reads no ring: a block table would have to be unrolled at every
-step. Its faster matrix pipeline could only pay in long prefills, so there is one route.
+Long prefills of large heads have another route on Hopper, see
+:mod:`sink_paged.attention.flash`.
 
 A launch depends on shapes and Python integers alone, and nothing is read back from the
 device, so calls can be captured in CUDA graphs.
@@ -39,9 +37,16 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The next power of two that is not less, at least 16, what `tl.dot` takes."""
     return max(16, 1 << (number - 1).bit_length())
+
+
+def logit_factors(scale: float, soft_cap: float) -> tuple[float, float | None]:
+    """`logit_scale` and `soft_cap` of `triton_tile.fold`."""
+    if soft_cap:
+        return 2 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
+    return LOG2_E * scale, None
 
 
 class _Launch(NamedTuple):
@@ -55,20 +60,20 @@ class _Launch(NamedTuple):
 
 @functools.cache
 def _plan(rows: int, head_size: int, element: int) -> _Launch:
-    """Tile for at most `rows` rows: what registers and shared memory hold.
+    """Tile for at most `rows` rows: what was fastest on an H200, in 99 KiB at most.
 
-    Keys and values of a tile take 64 KiB at most with few rows, 32 KiB with many, so
-    that 99 KiB of shared memory hold any tile. A float32 product is three TF32 ones and
-    needs more registers.
+    Many small programs keep the memory busy in a decode of few rows, many rows share a
+    key in a prefill. A float32 product is three TF32 ones and needs more registers.
     """
-    padded = _power_of_two(head_size)
+    padded = power_of_two(head_size)
     most_rows = MAX_ROWS if element < 4 else 32
-    rows = min(_power_of_two(rows), most_rows * 128 // max(128, padded))
-    tile_bytes = 32 << 10 if rows <= 32 and element < 4 else 16 << 10
-    if element == 4 and rows > 16:
-        tile_bytes = 8 << 10
-    keys = min(128, max(16, tile_bytes // (padded * element)))
-    many = rows == 128 or rows * padded > 64 * 128 or padded * element > 512
+    rows = min(power_of_two(rows), most_rows * 128 // max(128, padded))
+    tile_bytes = 8 << 10 if element == 4 and rows > 16 else 16 << 10
+    most_keys = 128 if rows == 64 else 64
+    keys = min(most_keys, max(16, tile_bytes // (padded * element)))
+    if rows == 16 and element < 4:
+        return _Launch(rows, keys, 2, 4)
+    many = rows * padded > 64 * 128 or padded * element > 512
     return _Launch(rows, keys, 8 if many else 4, 3)
 
 
@@ -78,7 +83,7 @@ class Workspace:
     Attributes:
         output: float32 `[programs * rows, head_size]`.
         norm: float32 `[programs * rows]`, base-2 logarithms.
-        programs: how many programs a split launch has at most.
+        programs: how many programs the window parts of a split launch have at most.
         max_query_len: the most tokens of a decode.
     """
 
@@ -100,25 +105,28 @@ class Workspace:
             head_size: dims of a head.
             device: of the kernels.
             max_query_len: tokens of a decode, more than 1 with speculation.
-            programs: programs that fill the device; by default two for each of its
-                multiprocessors.
+            programs: programs that fill the device; by default four for each of its
+                multiprocessors, or two with many rows, whose results are large.
         """
         self.max_query_len = max_query_len
-        self.programs = programs or 2 * _multiprocessors(device)
         group = num_heads // num_kv_heads
-        size = self.programs * min(MAX_ROWS, _power_of_two(max_query_len * group))
+        rows = min(MAX_ROWS, power_of_two(max_query_len * group))
+        few = rows <= 32
+        self.programs = programs or (4 if few else 2) * _multiprocessors(device)
+        # The sinks are a part of their own beside two or more.
+        size = self.programs * 3 // 2 * rows
         self.output = torch.empty(size, head_size, dtype=torch.float32, device=device)
         self.norm = torch.empty(size, dtype=torch.float32, device=device)
 
     def splits(self, programs: int, rows: int, key_tiles: int) -> int:
-        """Into how many parts, a power of two, to split the keys of a launch.
+        """Into how many parts, a power of two, to split the keys of a window.
 
         Args:
             programs: of the launch, unsplit.
             rows: of a tile.
             key_tiles: that a window needs at most.
         """
-        room = min(self.programs, self.norm.numel() // rows)
+        room = min(self.programs, self.norm.numel() * 2 // 3 // rows)
         parts = min(MAX_SPLITS, room // programs, key_tiles)
         return 1 << (parts.bit_length() - 1) if parts > 1 else 1
 
@@ -183,9 +191,10 @@ def sink_attention(
     decode_len = 1 if workspace is None else workspace.max_query_len
     most_rows = min(max_query_len, decode_len) * group
     one_tile = max_query_len <= decode_len and most_rows <= MAX_ROWS
+    padded = power_of_two(head_size)
     if not one_tile:  # half the rows where that gives the device more to do
         full = num_tokens * num_heads >= MAX_ROWS * _multiprocessors(query.device)
-        most_rows = MAX_ROWS if full else MAX_ROWS // 2
+        most_rows = MAX_ROWS if full and padded > 64 else MAX_ROWS // 2
     rows, keys, num_warps, num_stages = _plan(
         most_rows, head_size, query.element_size()
     )
@@ -200,13 +209,10 @@ def sink_attention(
             splits = workspace.splits(tiles * num_kv_heads, rows, key_tiles)
             if splits > 1:
                 partial_output, partial_norm = workspace.output, workspace.norm
-    if soft_cap:
-        logit_scale, cap = 2 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
-    else:
-        logit_scale, cap = LOG2_E * scale, None
+    logit_scale, cap = logit_factors(scale, soft_cap)
     rotary_dim = 0 if sink_rotation is None else sink_rotation.shape[1]
-    padded = _power_of_two(head_size)
-    attend[tiles, num_kv_heads, splits](
+    parts = splits + 1 if splits > 1 and window.sink_tokens else splits
+    attend[tiles, num_kv_heads, parts](
         query,
         kv_cache,
         output,
@@ -238,15 +244,15 @@ def sink_attention(
         head_size=head_size,
         padded=padded,
         rotary_dim=rotary_dim,
-        half_padded=_power_of_two(max(1, rotary_dim // 2)),
-        rest_padded=_power_of_two(max(1, head_size - rotary_dim)),
+        half_padded=power_of_two(max(1, rotary_dim // 2)),
+        rest_padded=power_of_two(max(1, head_size - rotary_dim)),
         interleaved=interleaved,
         block_size=block_size,
         cache_head=kv_cache.stride(1),
         cache_slot=kv_cache.stride(2),
         rows=rows,
         keys=keys,
-        sink_keys=min(keys, _power_of_two(max(1, window.sink_tokens))),
+        sink_keys=min(keys, power_of_two(max(1, window.sink_tokens))),
         one_tile=one_tile,
         is_split=splits > 1,
         num_warps=num_warps,
@@ -264,6 +270,7 @@ def sink_attention(
             head_size=head_size,
             padded=padded,
             rows=rows,
-            splits=splits,
+            parts=parts,
+            parts_padded=1 << (parts - 1).bit_length(),
             num_warps=4,
         )

@@ -74,9 +74,10 @@ def attend(
 ):
     """Attention of one tile, KV head and part of the keys; see `triton.sink_attention`.
 
-    Grid: tiles, KV heads, `splits`. With `one_tile` a request has one tile, its number.
-    If the keys are split, a program takes a share of the window's key tiles (the first
-    one the sinks too) and leaves its result for `triton_merge.merge`.
+    Grid: tiles, KV heads, parts. With `one_tile` a request has one tile, its number. If
+    the keys are split, a part takes a share of the window's key tiles, or, the last one
+    where there are sinks, these alone: no program waits for one after the other. Parts
+    leave their results for `triton_merge.merge`.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -123,7 +124,7 @@ def attend(
 
     if sink_tokens > 0:
         num_sinks = tl.minimum(sink_tokens, last - window_tokens)
-        if split == 0 and num_sinks > 0:
+        if (split == splits or not is_split) and num_sinks > 0:
             acc, norm, peak = attend_sinks(
                 acc,
                 norm,
@@ -169,7 +170,7 @@ def attend(
     num_tiles = tl.cdiv(end, keys)
     # Key tiles [begin, clear_begin) and [clear_end, end) of this program need masks.
     tile_begin = split * num_tiles // splits
-    tile_end = (split + 1) * num_tiles // splits
+    tile_end = tl.minimum((split + 1) * num_tiles // splits, num_tiles)
     clear_begin = tl.cdiv(tl.maximum(last - window_tokens - origin, 0), keys)
     clear_end = (first + 1 - origin) // keys
     if rows <= 32:  # masks are cheap, a break in the stream of keys is not
@@ -246,7 +247,8 @@ def attend(
             mask=stored_dims,
         )
     else:
-        program = (request * tl.num_programs(1) + kv_head) * splits + split
+        program = request * tl.num_programs(1) + kv_head
+        program = program * tl.num_programs(2) + split
         partial = program * rows + tl.arange(0, rows)
         empty = norm == 0.0
         tl.store(

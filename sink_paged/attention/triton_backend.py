@@ -29,6 +29,7 @@ from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from sink_paged.attention import flash
 from sink_paged.attention.backend import (
     SinkAttentionBackend,
     SinkAttentionImpl,
@@ -48,10 +49,13 @@ class SinkTritonMetadata(SinkAttentionMetadata):
     Attributes:
         max_query_len: no request has more tokens in the step.
         workspace: for the partial results of decodes, of one layer at a time.
+        unrolled: where FlashAttention finds the window's keys; None for decodes, and
+            where it is not used.
     """
 
     max_query_len: int
     workspace: Workspace
+    unrolled: flash.WindowTable | None
 
 
 class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
@@ -76,6 +80,11 @@ class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
         self.workspace = Workspace(
             num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, device
         )
+        self.window = kv_cache_spec.blocks.window
+        self.block_size = kv_cache_spec.block_size
+        self.uses_flash = flash.is_available() and flash.suits(
+            kv_cache_spec.head_size, vllm_config.model_config.dtype, kv_cache_spec.dtype
+        )
 
     def build(
         self,
@@ -86,10 +95,22 @@ class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
         """Metadata of a step."""
         batch = super().build(common_prefix_len, common_attn_metadata, fast_build)
         shared = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        max_query_len = common_attn_metadata.max_query_len
+        unrolled = None
+        if self.uses_flash and max_query_len > self.workspace.max_query_len:
+            unrolled = flash.window_table(
+                batch.query_start_loc,
+                batch.seq_lens,
+                batch.block_table,
+                window=self.window,
+                block_size=self.block_size,
+                max_query_len=max_query_len,
+            )
         return SinkTritonMetadata(
             **shared,
-            max_query_len=common_attn_metadata.max_query_len,
+            max_query_len=max_query_len,
             workspace=self.workspace,
+            unrolled=unrolled,
         )
 
 
@@ -144,7 +165,7 @@ class SinkTritonAttentionImpl(SinkAttentionImpl):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
             scales = (layer._k_scale, layer._v_scale)
         rotations = self.rotations
-        sink_attention(
+        tensors = (
             query,
             kv_cache,
             output,
@@ -152,16 +173,28 @@ class SinkTritonAttentionImpl(SinkAttentionImpl):
             attn_metadata.seq_lens,
             attn_metadata.block_table,
             None if rotations is None else rotations.sink_rotation,
-            window=self.window,
-            scale=self.scale,
-            interleaved=rotations is not None and rotations.geometry.interleaved,
+        )
+        options = {
+            "window": self.window,
+            "scale": self.scale,
+            "interleaved": rotations is not None and rotations.geometry.interleaved,
+            "soft_cap": self.soft_cap,
+            "max_query_len": attn_metadata.max_query_len,
+        }
+        unrolled = attn_metadata.unrolled
+        plain = self.alibi_slopes is None and self.sink_logits is None
+        # What a graph would replay is another step's table: it takes the other route.
+        if plain and unrolled and not torch.cuda.is_current_stream_capturing():
+            flash.sink_attention(*tensors, unrolled=unrolled, **options)
+            return output
+        sink_attention(
+            *tensors,
             alibi_slopes=self.alibi_slopes,
-            soft_cap=self.soft_cap,
             sink_logits=self.sink_logits,
             k_scale=scales[0],
             v_scale=scales[1],
-            max_query_len=attn_metadata.max_query_len,
             workspace=attn_metadata.workspace,
+            **options,
         )
         return output
 

@@ -20,9 +20,10 @@ def merge(
     head_size: tl.constexpr,
     padded: tl.constexpr,
     rows: tl.constexpr,
-    splits: tl.constexpr,
+    parts: tl.constexpr,
+    parts_padded: tl.constexpr,
 ):
-    """Output of one row (a token and query head), from `splits` partial ones.
+    """Output of one row (a token and query head), from `parts` partial ones.
 
     Grid: requests, KV heads, rows of a request. A part whose norm is `LOWEST` saw no
     key and left no output.
@@ -33,19 +34,20 @@ def merge(
     start = tl.load(query_start_loc + request)
     if row >= (tl.load(query_start_loc + request + 1) - start) * group:
         return
-    program = (request * tl.num_programs(1) + kv_head) * splits + tl.arange(0, splits)
+    part = tl.arange(0, parts_padded)
+    program = (request * tl.num_programs(1) + kv_head) * parts + part
     partial = program * rows + row
-    norm = tl.load(partial_norm + partial)
+    norm = tl.load(partial_norm + partial, mask=part < parts, other=LOWEST)
     seen = norm > LOWEST
     weight = tl.where(seen, tl.exp2(norm - tl.max(norm, 0)), 0.0)
     dim = tl.arange(0, padded)
     within = dim < head_size
-    parts = tl.load(
+    outputs = tl.load(
         partial_output + partial[:, None] * head_size + dim[None, :],
         mask=seen[:, None] & within[None, :],
         other=0.0,
     )
-    merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    merged = tl.sum(outputs * weight[:, None], 0) / tl.sum(weight, 0)
     token = (start + row // group).to(tl.int64)
     head = kv_head * group + row % group
     tl.store(
