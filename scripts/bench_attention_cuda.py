@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time the Triton kernel of sink attention beside vLLM's own, on a GPU.
+"""Time sink attention beside vLLM's own kernels, on a GPU.
 
 Stock kernels attend sequences of exactly the resident length; ours streams far past
 their window with the same number of resident keys. A prefill attends a window in all of
 them; ours takes the route that the backend takes, without the unrolling of the block
-tables, which all layers of a step share. The kernels take turns in one process, each launch from a replayed CUDA graph, the
-second-level cache full of other data; the time is the median. That of an empty kernel
-is part of each, and printed first.
+tables, which all layers of a step share. The kernels take turns in one process, each
+launch from a replayed CUDA graph, the second-level cache full of other data; the time
+is the median. That of an empty kernel is part of each, and printed first.
 
 The floor of a decode is one read of the resident keys and values, of a prefill
 `4 * tokens * resident * heads * head_size` operations; bandwidth and rate are those of

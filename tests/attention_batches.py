@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sink_paged.attention import cpu, reference
-from sink_paged.window import BlockWindow, SinkWindow
+from sink_paged.attention import cpu, flash, reference
+from sink_paged.window import BlockWindow, SinkWindow, cdiv
 
 # float32: both sides accumulate in float32, in another order; relative error about
 # sqrt(keys) * 6e-8 of sums near 1. bfloat16 and float16: both round one float32 result
@@ -37,6 +37,48 @@ def store(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         value_tiles.permute(0, 1, 4, 2, 5, 3).flatten(2),
     )
     kv_cache.copy_(torch.cat(parts, dim=2).view(kv_cache.shape))
+
+
+def window_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    query_start_loc: Tensor,
+    unrolled: flash.WindowTable,
+    *,
+    window_tokens: int,
+    scale: float,
+    soft_cap: float,
+    max_query_len: int,
+) -> Tensor:
+    """Stands in for `flash.attend_window` where there is no FlashAttention."""
+    num_tokens, num_heads, _ = query.shape
+    norms = torch.full((num_heads, num_tokens), math.nan)
+    group = num_heads // keys.shape[2]
+    for request, length in enumerate(unrolled.lengths.tolist()):
+        begin, end = query_start_loc[request : request + 2].tolist()
+        assert end - begin <= max_query_len
+        assert length <= unrolled.max_length
+        blocks = unrolled.block_table[request, : cdiv(length, keys.shape[1])].long()
+        key, value = (
+            cache[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+            for cache in (keys, values)
+        )
+        logits = scale * torch.einsum("qhd,khd->hqk", query[begin:end].float(), key)
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        at = torch.arange(length - (end - begin), length)[:, None]
+        seen = torch.arange(length)[None]
+        visible = (seen <= at) & (seen >= at - window_tokens)
+        logits = logits.masked_fill(~visible, -math.inf)
+        norms[:, begin:end] = logits.logsumexp(-1)
+        weights = torch.softmax(logits, -1)
+        value = value.nan_to_num()  # of keys that no query sees
+        output[begin:end] = torch.einsum("hqk,khd->qhd", weights, value).to(
+            output.dtype
+        )
+    return norms
 
 
 @dataclass

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
@@ -91,6 +92,46 @@ def prompt_losses(output: RequestOutput) -> list[float]:
         -entry[token].logprob
         for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)
     ]
+
+
+def eight_bit_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
+    """Losses of a prompt by our CUDA backend, with three caches.
+
+    Returns:
+        By cache: ``plain``, in the model's dtype; ``rounded``, the same of keys and
+        values that a kernel of vLLM rounded to 8 bits; ``fp8``, of 8 bits.
+    """
+    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
+        triton_reshape_and_cache_flash,
+    )
+
+    from sink_paged.attention.triton_backend import SinkTritonAttentionImpl
+
+    store = SinkTritonAttentionImpl.do_kv_cache_update
+
+    def rounded(self: Any, layer: Any, key: Any, value: Any, *args: Any) -> None:
+        slots = torch.arange(len(key), device=key.device)
+        eight_bit = [x.new_empty(1, *x.shape, dtype=torch.uint8) for x in (key, value)]
+        scales = layer._k_scale, layer._v_scale
+        triton_reshape_and_cache_flash(key, value, *eight_bit, slots, "fp8", *scales)
+        key, value = (
+            x[0].view(torch.float8_e4m3fn).to(key.dtype) * scale
+            for x, scale in zip(eight_bit, scales, strict=True)
+        )
+        store(self, layer, key, value, *args)
+
+    losses = {}
+    for name, patched, dtype in (
+        ("plain", store, "auto"),
+        ("rounded", rounded, "auto"),
+        ("fp8", store, "fp8"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SinkTritonAttentionImpl, "do_kv_cache_update", patched)
+            with engine(GOLDEN, (4, 60), kv_cache_dtype=dtype, **options) as llm:
+                output = generate(llm, [ids], greedy(1, prompt_logprobs=0))[0]
+                losses[name] = prompt_losses(output)
+    return losses
 
 
 def core(llm: LLM) -> Any:

@@ -29,6 +29,7 @@ from tests.attention_batches import (
     Batch,
     batches,
     store,
+    window_attention,
 )
 
 DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
@@ -332,48 +333,6 @@ def test_padded_requests(decode: bool) -> None:
     torch.testing.assert_close(run(batch, split=decode), expected, atol=2e-6, rtol=0)
 
 
-def stand_in(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    output: Tensor,
-    query_start_loc: Tensor,
-    unrolled: flash.WindowTable,
-    *,
-    window_tokens: int,
-    scale: float,
-    soft_cap: float,
-    max_query_len: int,
-) -> Tensor:
-    """What FlashAttention returns for `flash.attend_window`."""
-    num_tokens, num_heads, _ = query.shape
-    norms = torch.full((num_heads, num_tokens), math.nan)
-    group = num_heads // keys.shape[2]
-    for request, length in enumerate(unrolled.lengths.tolist()):
-        begin, end = query_start_loc[request : request + 2].tolist()
-        assert end - begin <= max_query_len
-        assert length <= unrolled.max_length
-        blocks = unrolled.block_table[request, : cdiv(length, keys.shape[1])].long()
-        key, value = (
-            cache[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
-            for cache in (keys, values)
-        )
-        logits = scale * torch.einsum("qhd,khd->hqk", query[begin:end].float(), key)
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        at = torch.arange(length - (end - begin), length)[:, None]
-        seen = torch.arange(length)[None]
-        visible = (seen <= at) & (seen >= at - window_tokens)
-        logits = logits.masked_fill(~visible, -math.inf)
-        norms[:, begin:end] = logits.logsumexp(-1)
-        weights = torch.softmax(logits, -1)
-        value = value.nan_to_num()  # of keys that no query sees
-        output[begin:end] = torch.einsum("hqk,khd->qhd", weights, value).to(
-            output.dtype
-        )
-    return norms
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("sinks", "block_size", "head_size", "rotary_dim", "dtype"),
@@ -398,7 +357,7 @@ def test_route_through_flash_attention(
     """Its window and our sinks are the reference's sum, in a mixed batch too."""
     assert flash.suits(head_size, dtype, dtype)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(flash, "attend_window", stand_in)
+        monkeypatch.setattr(flash, "attend_window", window_attention)
     elif not flash.is_available():
         pytest.skip("no FlashAttention 3")
     window = SinkWindow(sinks, 60)

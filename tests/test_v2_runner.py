@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
     [
         ["losses_and_tokens"],
         ["cuda_backend", "--cuda-backend"],
+        ["eight_bit_cache", "--cuda-backend"],
+        ["flash_attention_route", "--cuda-backend"],
         ["sampling"],
         ["bad_words"],
         ["preemption"],

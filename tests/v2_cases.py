@@ -9,7 +9,9 @@ Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.update(
@@ -22,6 +24,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton.backends  # noqa: E402
 from triton.backends import Backend
@@ -52,17 +55,25 @@ triton.backends.backends["cpu"] = Backend(compiler=None, driver=Interpreter)  # 
 if "--cuda-backend" in sys.argv:
     from sink_paged import platforms
 
-    platforms.CPU = platforms.CPU._replace(backend=platforms.CUDA.backend)
+    platforms.CPU = platforms.CPU._replace(
+        backend=platforms.CUDA.backend, kv_cache_dtypes=platforms.CUDA.kv_cache_dtypes
+    )
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
+    platforms.current_platform.has_device_capability = lambda *_, **__: True
 
+from sink_paged.attention import flash  # noqa: E402
 from sink_paged.runner_v2 import requests  # noqa: E402
+from tests.attention_batches import window_attention  # noqa: E402
 from tests.engines import (  # noqa: E402
     GOLDEN,
     core,
+    eight_bit_losses,
     engine,
     first_near_tie,
     generate,
     greedy,
+    make_llama,
     pool_is_empty,
     prompt_losses,
     worst,
@@ -107,6 +118,38 @@ def losses_and_tokens(num_tokens: int = 700, num_written: int = 150) -> None:
 def cuda_backend() -> None:
     """The same by our CUDA backend, shorter: the interpreter takes its time."""
     losses_and_tokens(num_tokens=120, num_written=56)
+
+
+def eight_bit_cache() -> None:
+    """An fp8 cache by our CUDA backend: a float32 one of keys and values rounded so."""
+    losses = eight_bit_losses(IDS[:100])
+    assert worst(losses["rounded"], losses["plain"]) > 0.02
+    assert worst(losses["rounded"], losses["fp8"]) < 1e-3
+
+
+def flash_attention_route() -> None:
+    """Chunks of a prompt through FlashAttention, single tokens not: the same losses."""
+    queries: list[int] = []
+
+    def attend_window(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        queries.append(kwargs["max_query_len"])
+        return window_attention(query, *args, **kwargs)
+
+    options = {"dtype": "float16", "max_num_batched_tokens": 48, "block_size": 16}
+    losses = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        make_llama(Path(folder), head_dim=128, num_attention_heads=2)
+        patch.setattr(flash, "attend_window", attend_window)
+        for available in (False, True):
+            patch.setattr(flash, "is_available", lambda answer=available: answer)
+            assert not queries
+            with engine(Path(folder), WINDOW, **options) as llm:
+                params = greedy(4, prompt_logprobs=0)
+                output = generate(llm, [IDS[:150]], params)[0]
+                losses.append(prompt_losses(output))
+    layers = 3
+    assert queries == [48] * 3 * layers + [6] * layers
+    assert worst(*losses) < 0.03
 
 
 PENALTIES = {
@@ -207,7 +250,15 @@ def preemption() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
-    for case in (losses_and_tokens, cuda_backend, sampling, bad_words, preemption)
+    for case in (
+        losses_and_tokens,
+        cuda_backend,
+        eight_bit_cache,
+        flash_attention_route,
+        sampling,
+        bad_words,
+        preemption,
+    )
 }
 
 if __name__ == "__main__":
