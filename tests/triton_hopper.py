@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from sink_paged.attention import flash
 from sink_paged.attention import triton as kernel
 from sink_paged.window import SinkWindow
 
@@ -93,12 +94,15 @@ def main() -> None:
     compiled: list[Any] = []
     kernel.attend = Compiler(kernel.attend, compiled)
     kernel.merge = Compiler(kernel.merge, compiled)
+    flash.add_sinks = Compiler(flash.add_sinks, compiled)
+    flash.unroll = Compiler(flash.unroll, compiled)
+    flash.attend_window = lambda query, *_, **__: torch.empty(query.shape[1::-1])
     for name, case in CASES.items():
         dtype, cache_dtype, heads, kv_heads, size, rotary_dim, block, tokens, more = (
             case
         )
         scale = torch.ones(()) if cache_dtype.itemsize == 1 else None
-        kernel.sink_attention(
+        tensors = (
             torch.empty(2 * tokens, heads, size, dtype=dtype),
             torch.empty(9, kv_heads, block, 2 * size, dtype=cache_dtype),
             torch.empty(2 * tokens, heads, size, dtype=dtype),
@@ -106,14 +110,23 @@ def main() -> None:
             torch.zeros(2, dtype=torch.int32),
             torch.zeros(2, 200, dtype=torch.int32),
             torch.empty(2 * tokens, rotary_dim),
-            window=SinkWindow(4, 2044),
-            scale=1.0,
+        )
+        window = SinkWindow(4, 2044)
+        options = {"window": window, "scale": 1.0, "max_query_len": tokens}
+        kernel.sink_attention(
+            *tensors,
             k_scale=scale,
             v_scale=scale,
-            max_query_len=tokens,
             workspace=kernel.Workspace(heads, kv_heads, size, torch.device("cpu")),
+            **options,
             **more,
         )
+        if name in ("prefill", "large head"):
+            _, _, _, *batch, _ = tensors
+            unrolled = flash.window_table(
+                *batch, window=window, block_size=block, max_query_len=tokens
+            )
+            flash.sink_attention(*tensors, unrolled=unrolled, **options, **more)
         for binary in compiled:
             registers, stack = resources(binary.asm["cubin"])
             record = {
