@@ -266,11 +266,11 @@ def cases(quick: bool) -> list[Case]:
 
 
 def main() -> None:
-    """Print a table; write JSON where asked."""
+    """Print a table; write `attention_cuda.json` and `attention_cuda.png`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--json", type=Path, help="write the times here")
+    parser.add_argument("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
@@ -301,15 +301,52 @@ def main() -> None:
         columns = [f"{us[name]:12.1f}" if name in us else f"{'':12}" for name in MAKERS]
         print(f"{label:34} {floor:8.1f} " + " ".join(columns), flush=True)
         rows.append({**asdict(case), "floor_us": floor, "us": us})
-    if args.json:
-        result = {
-            "provenance": provenance(),
-            "bytes_per_us": bandwidth,
-            "operations_per_us": rate,
-            "launch_us": launch,
-            "cases": rows,
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "provenance": provenance(),
+        "bytes_per_us": bandwidth,
+        "operations_per_us": rate,
+        "launch_us": launch,
+        "cases": rows,
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "attention_cuda.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}, {plot(result, path.with_suffix('.png'))}")
+
+
+def plot(result: dict[str, Any], path: Path) -> Path:
+    """Times of ours and the floors, over those of the other kernels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["cases"]
+    figure, axes = pyplot.subplots(
+        figsize=(8, 1.5 + 0.2 * len(rows)), layout="constrained"
+    )
+    labels = [
+        f"{row['shape']}, {row['batch']} x {row['tokens']} @ {row['resident']}"
+        for row in rows
+    ]
+    for name, marker in (("TRITON_ATTN", "o"), ("FLASH_ATTN", "D")):
+        points = [
+            (row["us"]["sink_paged"] / row["us"][name], label)
+            for row, label in zip(rows, labels, strict=True)
+            if {name, "sink_paged"} <= set(row["us"])
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, label=f"over {name}")
+    axes.axvline(1, color="gray", linewidth=0.8)
+    axes.set_xlim(left=0)
+    axes.invert_yaxis()
+    axes.margins(y=0.5 / max(1, len(rows)))
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("time of sink_paged over that of vLLM's kernel, below 1 is faster")
+    axes.set_title("streams x tokens of each @ resident keys", fontsize=9)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return path
 
 
 if __name__ == "__main__":
