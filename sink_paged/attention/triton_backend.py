@@ -174,7 +174,7 @@ class SinkTritonAttentionImpl(SinkAttentionImpl):
             attn_metadata.block_table,
             None if rotations is None else rotations.sink_rotation,
         )
-        options = {
+        options: dict[str, Any] = {
             "window": self.window,
             "scale": self.scale,
             "interleaved": rotations is not None and rotations.geometry.interleaved,
