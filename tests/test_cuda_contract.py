@@ -122,7 +122,7 @@ def test_everything_that_reads_a_text_is_known() -> None:
         "sample/logits_processor/interface.py", "model_states/mm_pruning.py",
     }  # fmt: skip
     speculation = {name for name in readers if name.startswith("spec_decode/")}
-    assert readers - speculation == handled | refused
+    assert handled <= readers - speculation <= handled | refused
     assert "if batch_req_state.has_prefill:\n            prepare_prefill_inputs(" in (
         inspect.getsource(v2.GPUModelRunner.prepare_inputs)
     )
