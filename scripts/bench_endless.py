@@ -491,6 +491,11 @@ def plot(models: dict[str, Any], path: Path) -> None:
         for index, (name, scenario) in enumerate(result["scenarios"].items()):
             series, color = scenario["series"], f"C{index}"
             axes[0].plot(series["tokens"], series["step_ms"], color, label=name)
+            if "young_ms" in series:
+                new = "a new stream beside it"
+                axes[0].plot(
+                    series["tokens"], series["young_ms"], f"{color}:", label=new
+                )
             for role, style in (
                 ("worker", "-"),
                 ("engine core", "--"),
