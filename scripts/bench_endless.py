@@ -439,7 +439,7 @@ def run_model(
         keep(name, summarise(series, filled) | (more or {}), thin(series))
 
     wanted = args.scenarios
-    if "paired" in wanted:
+    if "paired" in wanted and not args.stock:
         context = window + SINK_TOKENS + 1
         marks = run_paired(model, context, args.decode_tokens)
         summary = {

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 SINK_TOKENS = 4
 SETTLING_STEPS = 8
+BATCHED_TOKENS = 2048
 UNTIMED_STEPS = 4
 """First steps of a block: they find the caches full of the other engine's data."""
 Row = dict[str, Any]
@@ -76,8 +77,7 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
     ):
         for side, streams in cells:
             bar.set_description(f"{side}, {streams} streams")
-            # While the last prompts are read, the first streams write.
-            settling = SETTLING_STEPS + streams
+            settling = settling_steps(streams, args.window)
             lengths = text_lengths(side, args.window, steps, settling)
             most = steps + 2 * settling
             for name, connection in connections.items():
@@ -140,6 +140,11 @@ def in_turns(
     return times
 
 
+def settling_steps(streams: int, window: int) -> int:
+    """Steps before the first block: while the last prompts are read, others write."""
+    return SETTLING_STEPS + max(streams, -(-streams * 2 * window // BATCHED_TOKENS))
+
+
 def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str, int]:
     """Tokens of the prompts, so that both keep as many tokens on average."""
     if side == "inside":
@@ -150,7 +155,7 @@ def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str,
 
 def longest_text(args: argparse.Namespace) -> int:
     """Tokens that a text of the stock engine may have."""
-    settling = SETTLING_STEPS + max(args.streams)
+    settling = settling_steps(max(args.streams), args.window)
     return int(args.window + block_steps(args) + 2 * settling)
 
 
@@ -196,7 +201,7 @@ def serve(
                 deltas = list(requests.step())
                 if step >= UNTIMED_STEPS:
                     answer.append(time.perf_counter() - begun)
-                assert deltas, "a step without a token is none to time"
+                assert len(deltas) == streams, "all streams write in a timed step"
         else:
             names = list(requests.engine.output_processor.request_states)
             requests.engine.abort_request(names, internal=True)
@@ -231,7 +236,7 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
         enforce_eager=args.eager,
         enable_prefix_caching=False,
         max_num_seqs=max(args.streams),
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=BATCHED_TOKENS,
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         **options,
     )
@@ -304,7 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--kv-gib", type=float, default=3.0, help="KV cache of each engine, GiB")
     add("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
-    texts = block_steps(args) + max(args.streams) + SETTLING_STEPS
+    texts = block_steps(args) + settling_steps(max(args.streams), args.window)
     if args.window < texts + 64:
         parser.error(f"--window must be at least {texts + 64} for so many steps")
     if args.blocks < 2:

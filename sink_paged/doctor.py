@@ -2,9 +2,9 @@
 """``sink-paged doctor``: what would be served here, and why not, without any weights.
 
 It builds the engine config that ``vllm serve --sink-eviction`` would build of the same
-arguments, which is where settings and models are refused, and works out a stream's
-bound and how many fit. What only shows when the model is loaded (the rotary geometry of
-its layers) it cannot say.
+engine arguments, which is where settings and models are refused, and lets vLLM group
+the layers' KV caches: a stream's bound, and how many fit. What only shows when the
+model is loaded (the rotary geometry of its layers) it cannot say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
-from sink_paged.window import BlockWindow, layer_window
+from sink_paged.window import SinkWindow, layer_window
 
 MIB = 1 << 20
 
@@ -30,39 +30,49 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 if serving would be refused, or nothing could be found out.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-    except ImportError as error:
-        print(f"{'refused':16} vLLM cannot be imported: {error}")
-        return 1
-    from sink_paged import plugin
+    problems: list[str] = []
 
-    plugin.register()
+    def say(lines: Iterator[tuple[str, Any]]) -> None:
+        for name, value in lines:
+            print(f"{name:16} {value}", flush=True)
+
+    try:
+        from sink_paged import plugin
+
+        plugin.register()
+        args, others = parse(argv)
+        say(installation(problems))
+        if others:
+            say(iter([("ignored", f"no engine arguments: {' '.join(others)}")]))
+        if args.model is not None and not problems:
+            say(serving(args, problems))
+    except Exception as error:  # whatever vLLM raises for a model is the answer
+        problems.append(str(error) or type(error).__name__)
+    for problem in problems:
+        print(f"{'refused':16} {problem}")
+    if not problems and args.model is None:
+        print(f"{'ok':16} name a model to see what its streams take")
+    return int(bool(problems))
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Engine arguments, with sink eviction on; and those that are none."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     parser = FlexibleArgumentParser(
         prog="sink-paged",
-        description="doctor: versions, platform and hooks; with --model and any "
+        description="doctor: versions, platform and hooks; with a model and the engine "
         "arguments of `vllm serve` also what a stream takes and how many fit.",
         add_json_tip=False,
     )
     parser.add_argument("command", choices=["doctor"])
+    parser.add_argument("model_tag", nargs="?", help="the model, as --model")
     EngineArgs.add_cli_args(parser)
     parser.set_defaults(model=None, sink_eviction=True)
-    args = parser.parse_args(argv)
-    problems: list[str] = []
-    try:
-        for name, value in installation(problems):
-            print(f"{name:16} {value}", flush=True)
-        if args.model is not None and not problems:
-            for name, value in serving(args, problems):
-                print(f"{name:16} {value}", flush=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        problems.append(str(error))
-    for problem in problems:
-        print(f"{'refused':16} {problem}")
-    if not problems and args.model is None:
-        print(f"{'ok':16} name a --model to see what its streams take")
-    return int(bool(problems))
+    args, others = parser.parse_known_args(argv)
+    args.model = args.model_tag or args.model
+    return args, others
 
 
 def installation(problems: list[str]) -> Iterator[tuple[str, Any]]:
@@ -112,76 +122,94 @@ def serving(args: argparse.Namespace, problems: list[str]) -> Iterator[tuple[str
         ValueError: naming what would be refused.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     from sink_paged.config import StreamConfig
+    from sink_paged.kv_cache import StreamBound
+    from sink_paged.platforms import find_platform
 
-    config = EngineArgs.from_cli_args(args).create_engine_config()
+    # The server's defaults depend on the context.
+    config = EngineArgs.from_cli_args(args).create_engine_config(
+        UsageContext.OPENAI_API_SERVER
+    )
     stream = StreamConfig.load(config.additional_config)
     assert stream is not None, "--sink-eviction is the default here"
-    model, cache, parallel = (
-        config.model_config,
-        config.cache_config,
-        config.parallel_config,
-    )
+    model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
-    heads = model.get_num_attention_heads(parallel)
-    kv_heads, head_size = model.get_num_kv_heads(parallel), model.get_head_size()
-    layers = model.get_num_layers(parallel)
     yield "model", f"{model.architecture}, {model.dtype}".replace("torch.", "")
-    yield (
-        "",
-        f"{layers} layers, {heads} query heads on {kv_heads} KV heads of {head_size}",
+    heads, kv_heads = (
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
     )
+    on = f"{heads} query heads on {kv_heads} KV heads of {model.get_head_size()}"
+    yield "", f"{model.get_num_layers(parallel)} layers, a worker has {on}"
     trained = model.get_and_verify_max_len(None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     yield "", f"trained on {trained} tokens, rotary: {rope}"
     yield "model runner", "V2" if config.use_v2_model_runner else "V1"
-    yield (
-        "cache config",
-        f"{stream.window} ({stream.window.capacity + 1} tokens at most)",
-    )
+    resident = stream.window.capacity + 1
+    yield "cache config", f"{stream.window} ({resident} tokens, the query's included)"
 
-    kinds = getattr(text, "layer_types", None) or []
-    local = sum(kind == "sliding_attention" for kind in kinds)
-    own = getattr(text, "sliding_window", None) if local else None
-    element = _bytes_per_element(config)
-    page = cache.block_size * 2 * kv_heads * head_size * element
-    held = decoding = nbytes = 0
-    in_flight = config.max_in_flight_tokens
-    for count, window in ((layers - local, None), (local, own)):
-        if not count:
-            continue
-        kept = layer_window(stream.window, window, cache.sliding_window)
-        blocks = BlockWindow(kept, cache.block_size)
-        held += blocks.max_blocks(in_flight)
-        decoding += blocks.max_blocks(1)
-        nbytes += count * page * blocks.max_blocks(1)
-        if window is not None:
-            yield "", f"{count} layers have a sliding window of {window}: {kept}"
-    yield "a stream", f"holds at most {held} blocks of {cache.block_size} tokens"
-    size = f"{nbytes / MIB:.1f} MiB on each worker"
-    yield "", f"{decoding} while it only decodes, {size}"
+    platform = find_platform()
+    assert platform is not None, "an engine config was made"
+    layouts = resolve_obj_by_qualname(platform.backend).supported_kv_cache_layouts()
+    config.cache_config.kv_cache_layout = layouts[0].name  # the engine core's choice
+    specs = _specs(config, stream.window)
+    groups = get_kv_cache_groups(config, specs)
+    for group in groups if len(groups) > 1 else ():
+        window = group.kv_cache_spec.blocks.window
+        yield "", f"{window} in a group of {len(group.layer_names)} layers"
+    bound = StreamBound.of(groups, config)
+    size = groups[0].kv_cache_spec.block_size
+    yield "a stream", f"holds at most {bound.blocks} blocks of {size} tokens,"
+    yield "", f"{bound.decoding_blocks} while it only decodes"
     memory, source = _kv_memory(config)
     if memory is None:
-        yield "capacity", "unknown without a device: give --kv-cache-memory-bytes"
+        yield "capacity", source
         return
-    fit = memory // nbytes
-    yield "KV cache", f"{memory / MIB:.0f} MiB ({source})"
-    yield "capacity", f"{fit} streams that decode at once"
-    if held * nbytes // decoding > memory:
+    yield "KV cache", f"{memory / MIB:.0f} MiB on each worker ({source})"
+    if bound.nbytes > memory:
         problems.append(
-            f"the KV cache does not hold a stream with {in_flight} tokens in flight: "
-            "give it more memory, or lower --sink-window or --max-num-batched-tokens"
+            "the KV cache does not hold a stream, which takes "
+            f"{bound.nbytes / MIB:.1f} MiB with {config.max_in_flight_tokens} tokens "
+            "in flight: give it more memory, or lower --sink-window or "
+            "--max-num-batched-tokens"
         )
+        return
+    # A block has room for the layers of any group; one is vLLM's null block.
+    layers = max(len(group.layer_names) for group in groups)
+    pool = memory // groups[0].kv_cache_spec.page_size_bytes // layers - 1
+    fit, rows = pool // bound.decoding_blocks, config.scheduler_config.max_num_seqs
+    which = "the pool" if fit < rows else "--max-num-seqs"
+    yield "capacity", f"{min(fit, rows)} streams that decode at once, by {which}"
+    yield "", f"(a pool of {pool} blocks)"
 
 
-def _bytes_per_element(config: Any) -> int:
-    """Of the KV cache."""
-    if config.cache_config.cache_dtype.startswith("fp8"):
-        return 1
-    named = {"float32": 4, "float16": 2, "bfloat16": 2}
-    size: int = config.model_config.dtype.itemsize
-    return named.get(config.cache_config.cache_dtype, size)
+def _specs(config: Any, stream: SinkWindow) -> dict[str, Any]:
+    """The caches of the model's layers, as far as its config tells them."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from sink_paged.kv_cache import SinkWindowSpec
+
+    model, cache = config.model_config, config.cache_config
+    layers = model.get_num_layers(config.parallel_config)
+    text = model.hf_text_config
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    layout = FullAttentionSpec(
+        block_size=cache.block_size,
+        num_kv_heads=model.get_num_kv_heads(config.parallel_config),
+        head_size=model.get_head_size(),
+        dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
+    )
+    specs = {}
+    for layer, kind in enumerate(kinds):
+        own = text.sliding_window if kind == "sliding_attention" else None
+        window = layer_window(stream, own, cache.sliding_window)
+        specs[f"layers.{layer}"] = SinkWindowSpec.from_attention(layout, window)
+    return specs
 
 
 def _kv_memory(config: Any) -> tuple[int | None, str]:
@@ -193,15 +221,16 @@ def _kv_memory(config: Any) -> tuple[int | None, str]:
     cache, model = config.cache_config, config.model_config
     if cache.kv_cache_memory_bytes is not None:
         return int(cache.kv_cache_memory_bytes), "as given"
+    files = Path(model.model).glob("*.safetensors")
+    weights = sum(file.stat().st_size for file in files)
+    if not weights:
+        return None, "unknown, as the weights' size is: give --kv-cache-memory-bytes"
     if current_platform.is_cpu():
         total = psutil.virtual_memory().total
     elif torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
     else:
-        return None, ""
-    weights = sum(
-        file.stat().st_size for file in Path(model.model).glob("*.safetensors")
-    )
+        return None, "unknown without a device: give --kv-cache-memory-bytes"
     share = cache.gpu_memory_utilization
     left = int(share * total) - weights // config.parallel_config.tensor_parallel_size
     return max(left, 0), f"an estimate: {share:g} of the memory, less the weights"

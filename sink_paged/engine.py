@@ -39,7 +39,7 @@ def check_vllm_version() -> None:
     Raises:
         UnsupportedSettingError: naming the version and the tested ones.
     """
-    if Version(vllm.__version__).base_version in TESTED_VLLM:
+    if Version(vllm.__version__).public in TESTED_VLLM:
         return
     tested = ", ".join(TESTED_VLLM)
     if os.environ.get(UNTESTED_VARIABLE) == "1":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
@@ -22,6 +22,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    KVCacheGroupSpec,
     KVCacheSpec,
     SlidingWindowSpec,
 )
@@ -78,6 +79,33 @@ class SinkWindowSpec(SlidingWindowSpec):
         return all(
             isinstance(spec, SinkWindowSpec) and spec.blocks == self.blocks
             for spec in kv_cache_specs.values()
+        )
+
+
+class StreamBound(NamedTuple):
+    """What a stream holds at most, of the blocks of all its layers' groups.
+
+    Attributes:
+        blocks: KV blocks with the most tokens in flight.
+        decoding_blocks: KV blocks while it only decodes.
+        nbytes: bytes of `blocks` on a worker.
+    """
+
+    blocks: int
+    decoding_blocks: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, groups: Sequence[KVCacheGroupSpec], vllm_config: VllmConfig) -> Self:
+        """The bound of a stream in layers that vLLM has grouped so."""
+        specs = [group.kv_cache_spec for group in groups]
+        in_flight = vllm_config.max_in_flight_tokens
+        # A block has room for the layers of any group.
+        layers = max(len(group.layer_names) for group in groups)
+        return cls(
+            sum(spec.blocks.max_blocks(in_flight) for spec in specs),
+            sum(spec.blocks.max_blocks(1) for spec in specs),
+            layers * sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs),
         )
 
 

@@ -60,7 +60,8 @@ class Patch:
 
     def applies(self) -> bool:
         """Whether this vLLM has the target."""
-        return Version(vllm.__version__) >= Version(self.since)
+        base = Version(vllm.__version__).base_version
+        return Version(base) >= Version(self.since)
 
     def install(self) -> None:
         """Wrap the target, unless it is wrapped or vLLM has the hook.

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import (
 
 from sink_paged import runner_v2, streams
 from sink_paged.config import StreamConfig
-from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.kv_cache import SinkWindowSpec, StreamBound
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
 
@@ -142,10 +142,7 @@ class StreamWorker(Stock):
         """Bytes for the KV cache; refuses too few in terms of a stream's bound."""
         available: int = super().determine_available_memory()
         groups = get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
-        # A block has room for the layers of any group.
-        layers = max(len(group.layer_names) for group in groups)
-        specs = [group.kv_cache_spec for group in groups]
-        needed = layers * sum(s.max_memory_usage_bytes(self.vllm_config) for s in specs)
+        needed = StreamBound.of(groups, self.vllm_config).nbytes
         if needed > available:
             window = stream_config(self.vllm_config).window
             raise ValueError(
@@ -162,16 +159,15 @@ class StreamWorker(Stock):
         super().initialize_from_config(kv_cache_config)
         version = runner_v2 if self.vllm_config.use_v2_model_runner else streams
         version.enable_streams(self.model_runner)
-        policies = [
-            group.kv_cache_spec.blocks for group in kv_cache_config.kv_cache_groups
-        ]
-        in_flight = self.vllm_config.max_in_flight_tokens
+        groups = kv_cache_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups]
+        bound = StreamBound.of(groups, self.vllm_config)
         logger.info(
             "Sink eviction: cache config %s. A stream of any length holds at most %d "
             "KV blocks of %d tokens (%d while it only decodes); the pool has %d",
-            " and ".join(dict.fromkeys(str(policy.window) for policy in policies)),
-            sum(policy.max_blocks(in_flight) for policy in policies),
-            policies[0].block_size,
-            sum(policy.max_blocks(1) for policy in policies),
+            " and ".join(dict.fromkeys(str(spec.blocks.window) for spec in specs)),
+            bound.blocks,
+            specs[0].block_size,
+            bound.decoding_blocks,
             kv_cache_config.num_blocks - 1,
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +132,30 @@ def eight_bit_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
             with engine(GOLDEN, (4, 60), kv_cache_dtype=dtype, **options) as llm:
                 output = generate(llm, [ids], greedy(1, prompt_logprobs=0))[0]
                 losses[name] = prompt_losses(output)
+    return losses
+
+
+def flash_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
+    """Losses of a prompt by our CUDA backend, on both routes, of heads of 128 dims.
+
+    Returns:
+        By route: ``Triton`` and ``FlashAttention``, where that is available.
+    """
+    from sink_paged.attention import flash
+
+    losses = {}
+    options = {"max_num_batched_tokens": 48, "block_size": 16} | options
+    available = flash.is_available
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        make_llama(Path(folder), head_dim=128, num_attention_heads=2)
+        for route, answer in (
+            ("Triton", lambda: False),
+            ("FlashAttention", available),
+        ):
+            patch.setattr(flash, "is_available", answer)
+            with engine(Path(folder), (4, 60), **options) as llm:
+                output = generate(llm, [ids], greedy(4, prompt_logprobs=0))[0]
+                losses[route] = prompt_losses(output)
     return losses
 
 

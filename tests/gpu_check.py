@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,21 @@ def check_fp8() -> str:
     return f"losses within {error:.1e}, which the rounding changes by {effect:.1e}"
 
 
+def check_flash(mode: str) -> str:
+    """Prompts through FlashAttention in an engine: the losses of the other route."""
+    from sink_paged.attention import flash
+    from tests.engines import flash_losses, worst
+
+    if not flash.is_available():
+        return "skipped: no FlashAttention 3 here"
+    options = {**MODES[mode], "gpu_memory_utilization": 0.05, "dtype": "float16"}
+    ids = [7919 * i * i % 251 for i in range(1, 600)]
+    losses = flash_losses(ids, **{"enforce_eager": False, **options})
+    error = worst(losses["Triton"], losses["FlashAttention"])
+    assert error < 0.06, f"losses differ by {error}"
+    return f"losses of both routes within {error:.1e}"
+
+
 def run_tests(*paths: str) -> str:
     """Test modules whose kernels run on the GPU where there is one."""
     command = [sys.executable, "-m", "pytest", "-q", *paths]
@@ -156,6 +172,11 @@ for _version in ("1", "0"):
             lambda mode=_mode: check_engine(mode),  # type: ignore[misc]
             {"VLLM_USE_V2_MODEL_RUNNER": _version},
         )
+    CHECKS[f"FlashAttention, V{1 + int(_version)}"] = (
+        lambda: check_flash("default"),
+        {"VLLM_USE_V2_MODEL_RUNNER": _version},
+    )
+CHECKS["FlashAttention, full graphs"] = (lambda: check_flash("full graphs"), {})
 CHECKS["8-bit cache"] = (check_fp8, {})
 CHECKS["two GPUs"] = (
     lambda: check_engine("default", tensor_parallel=2),
@@ -189,20 +210,21 @@ def run_check(name: str, seconds: float) -> bool:
         if importlib.util.find_spec("flashinfer") is None:
             environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         command = [sys.executable, __file__, "--here", name]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment, **CHECKS[name][1]},
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-            )
-            passed, said, problem = done.returncode == 0, done.stdout, done.stderr
-        except subprocess.TimeoutExpired as late:
-            parts = (late.stdout or b"", late.stderr or b"")
-            said, problem = (part.decode(errors="replace") for part in parts)
-            passed = False
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment, **CHECKS[name][1]},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as check:
+            try:
+                said, problem = check.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(check.pid, signal.SIGKILL)  # its children too
+                said, problem = check.communicate()
+        passed = check.returncode == 0
     if not passed:
         said = "FAILED\n" + said[-1000:] + problem[-3000:]
     print(f"{name} ({time.perf_counter() - start:.0f} s): {said.strip()}", flush=True)

@@ -260,7 +260,7 @@ def test_other_vllm_versions_are_refused(
 ) -> None:
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(
-        ValueError, match=f"does not support vLLM {version}.*0.29.*0.33"
+        ValueError, match=rf"does not support vLLM {version}.*0\.29\.0.*0\.32\.0"
     ):
         make_config({})
     assert make_config(None).model_config.max_model_len == TRAINED

@@ -4,9 +4,11 @@
 vLLM's modules for GPUs are importable without one; nothing of them is run.
 """
 
+import ast
 import dataclasses
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import registry
@@ -33,6 +36,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
 
 from sink_paged import platforms
+from sink_paged.attention import flash
 from sink_paged.attention.triton_backend import (
     SinkTritonAttentionBackend,
     SinkTritonAttentionImpl,
@@ -43,6 +47,8 @@ from sink_paged.runner_v2.block_tables import RingBlockTables
 from sink_paged.runner_v2.requests import StreamRequestState
 from sink_paged.runner_v2.runner import StreamRunner
 from sink_paged.runner_v2.sampling import StreamPenalties, StreamPromptLogprobs
+
+FLASH = "flash_attn_varlen_func"
 
 
 def leading(function: Callable[..., Any]) -> list[str]:
@@ -182,3 +188,23 @@ def test_any_batch_may_be_captured() -> None:
     worker = platforms.CUDA.worker.rpartition(".")
     assert SinkGPUWorker.__module__ == worker[0]
     assert SinkGPUWorker.__name__ == worker[2]
+
+
+def test_flash_attention_takes_what_it_is_given() -> None:
+    """Its module cannot be imported here: the extension is for CUDA."""
+    path = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    functions = {
+        node.name: node.args
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    taken = {argument.arg for argument in functions[FLASH].args}
+    call = ast.parse(textwrap.dedent(inspect.getsource(flash.attend_window)))
+    (given,) = (
+        node
+        for node in ast.walk(call)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == FLASH
+    )
+    assert [argument.arg for argument in functions[FLASH].args[:3]] == ["q", "k", "v"]
+    assert {keyword.arg for keyword in given.keywords} <= taken
+    assert functions["is_fa_version_supported"].args[0].arg == "fa_version"

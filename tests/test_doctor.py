@@ -5,47 +5,72 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from sink_paged import doctor
 from tests.engines import core, engine
 
 POCKET = Path(__file__).parents[1] / "models" / "pocket"
-ARGUMENTS = ["--model", str(POCKET), "--dtype", "float32", "--block-size", "16"]
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+ARGUMENTS = ["--dtype", "float32", "--block-size", "16"]
+
+
+def figures(said: str) -> tuple[int, int, int]:
+    """Blocks of a stream, of one that decodes, and the streams that fit."""
+    patterns = r"at most (\d+) blocks of 16", r"(\d+) while it only", r"(\d+) streams"
+    held, decoding, streams = (re.search(pattern, said) for pattern in patterns)
+    assert held and decoding and streams, said
+    return int(held[1]), int(decoding[1]), int(streams[1])
 
 
 @pytest.mark.slow
-def test_bound_and_capacity(capsys: pytest.CaptureFixture[str]) -> None:
-    """A stream's blocks, and the streams in the pool, as an engine has them."""
-    memory = 16 << 20
-    given = ["--sink-window", "100", "--max-num-batched-tokens", "256"]
-    code = doctor.main(
-        ["doctor", *ARGUMENTS, *given, "--kv-cache-memory-bytes", str(memory)]
-    )
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_bound_and_capacity(
+    hybrid: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A stream's blocks, and the streams in the pool, as an engine has them.
+
+    Also where every other layer has a sliding window of its own.
+    """
+    model = POCKET
+    if hybrid:
+        model = tmp_path
+        settings = dict(sliding_window=32, max_position_embeddings=512)
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+        config = Gemma3TextConfig(**SHAPE, **settings, layer_types=kinds)
+        Gemma3ForCausalLM(config).save_pretrained(model)
+    memory = 8 << 20
+    given = ["--sink-window", "100", "--max-num-batched-tokens", "256", "--port", "1"]
+    size = ["--kv-cache-memory-bytes", str(memory), "--max-num-seqs", "256"]
+    code = doctor.main(["doctor", str(model), *ARGUMENTS, *given, *size])
     said = capsys.readouterr().out
-    assert code == 0
-    held, decoding, streams = (
-        int(re.search(pattern, said)[1])  # type: ignore[index]
-        for pattern in (
-            r"at most (\d+) blocks of 16",
-            r"(\d+) while it only",
-            r"(\d+) streams",
-        )
-    )
+    assert code == 0, said
     assert "cache config     4+100 (105 tokens" in said
+    assert "ignored          no engine arguments: --port" in said
     with engine(
-        POCKET,
+        model,
         (4, 100),
         block_size=16,
         max_num_batched_tokens=256,
         kv_cache_memory_bytes=memory,
     ) as llm:
-        config = core(llm).scheduler.kv_cache_config
-        (group,) = config.kv_cache_groups
-        policy = group.kv_cache_spec.blocks
-        in_flight = llm.llm_engine.vllm_config.max_in_flight_tokens
-    assert held == policy.max_blocks(in_flight)
-    assert decoding == policy.max_blocks(1)
-    assert streams == config.num_blocks // decoding
+        pool = core(llm).scheduler.kv_cache_config
+        config = llm.llm_engine.vllm_config
+        policies = [group.kv_cache_spec.blocks for group in pool.kv_cache_groups]
+        held, decoding = (
+            sum(policy.max_blocks(tokens) for policy in policies)
+            for tokens in (config.max_in_flight_tokens, 1)
+        )
+    assert len(policies) == (3 if hybrid else 1)
+    assert figures(said) == (held, decoding, (pool.num_blocks - 1) // decoding)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +85,7 @@ def test_refusals(
     arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The reason of the engine, and an exit status."""
-    assert doctor.main(["doctor", *ARGUMENTS, *arguments]) == 1
+    assert doctor.main(["doctor", "--model", str(POCKET), *ARGUMENTS, *arguments]) == 1
     (refusal,) = re.findall("(?m)^refused .*", capsys.readouterr().out)
     assert reason in refusal
 

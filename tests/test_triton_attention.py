@@ -459,7 +459,7 @@ def test_launch_reads_no_tensor(
 def test_splits_follow_the_resident_keys() -> None:
     """Neither the workspace nor its use grows with the batch or a text."""
     workspace = kernel.Workspace(32, 8, 128, torch.device("meta"), programs=264)
-    assert workspace.norm.numel() == 264 * 16
+    assert workspace.norm.numel() == 264 * 3 // 2 * 16
     for streams, splits in [(1, 32), (2, 16), (5, 4), (16, 2), (32, 1), (500, 1)]:
         assert workspace.splits(streams * 8, 16, 64) == splits
     assert workspace.splits(8, 16, 3) == 2

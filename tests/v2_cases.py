@@ -9,9 +9,7 @@ Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.update(
@@ -59,7 +57,6 @@ if "--cuda-backend" in sys.argv:
         backend=platforms.CUDA.backend, kv_cache_dtypes=platforms.CUDA.kv_cache_dtypes
     )
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-    torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
     platforms.current_platform.has_device_capability = lambda *_, **__: True
 
 from sink_paged.attention import flash  # noqa: E402
@@ -71,9 +68,9 @@ from tests.engines import (  # noqa: E402
     eight_bit_losses,
     engine,
     first_near_tie,
+    flash_losses,
     generate,
     greedy,
-    make_llama,
     pool_is_empty,
     prompt_losses,
     worst,
@@ -135,21 +132,13 @@ def flash_attention_route() -> None:
         queries.append(kwargs["max_query_len"])
         return window_attention(query, *args, **kwargs)
 
-    options = {"dtype": "float16", "max_num_batched_tokens": 48, "block_size": 16}
-    losses = []
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        make_llama(Path(folder), head_dim=128, num_attention_heads=2)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "attend_window", attend_window)
-        for available in (False, True):
-            patch.setattr(flash, "is_available", lambda answer=available: answer)
-            assert not queries
-            with engine(Path(folder), WINDOW, **options) as llm:
-                params = greedy(4, prompt_logprobs=0)
-                output = generate(llm, [IDS[:150]], params)[0]
-                losses.append(prompt_losses(output))
+        patch.setattr(flash, "is_available", lambda: True)
+        losses = flash_losses(IDS[:150], dtype="float16")
     layers = 3
     assert queries == [48] * 3 * layers + [6] * layers
-    assert worst(*losses) < 0.03
+    assert worst(losses["Triton"], losses["FlashAttention"]) < 0.03
 
 
 PENALTIES = {

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sink attention of prefills through FlashAttention 3, where that is the faster route.
 
+That is any step with a chunk of a prompt, the decodes in it too, on Hopper, for heads
+of more than 64 dims.
+
 FlashAttention attends the window, which is causal sliding-window attention over a block
 table without a ring; a kernel of ours adds the sinks that have left the window, by the
 log-sum-exp. That reads and writes the output once more, `4 * head_size` bytes of a
 query head and token, which a long pass over the keys repays: on an H200 with heads of
 128 dims, FlashAttention alone takes 0.5 to 0.6 of the time of `triton.sink_attention`.
-Heads of 64 dims, and decodes, are faster there.
+Heads of 64 dims, and steps of decodes alone, are faster there.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ head_size * element_size * (S + R + 1)` bytes per KV head and stream; a partly e
 block is masked before it is read, and rows of a KV head share the read. The floor of a
 prefill is `4 * head_size * (S + R + 1)` operations per query head and token.
 
-Long prefills of large heads have another route on Hopper, see
+Steps with a prompt's chunk have another route for large heads on Hopper, see
 :mod:`sink_paged.attention.flash`.
 
 A launch depends on shapes and Python integers alone, and nothing is read back from the
@@ -81,8 +81,8 @@ class Workspace:
     """Memory for the partial results of split-key decodes, made once.
 
     Attributes:
-        output: float32 `[programs * rows, head_size]`.
-        norm: float32 `[programs * rows]`, base-2 logarithms.
+        output: float32 `[programs * 3 // 2 * rows, head_size]`.
+        norm: float32 `[programs * 3 // 2 * rows]`, base-2 logarithms.
         programs: how many programs the window parts of a split launch have at most.
         max_query_len: the most tokens of a decode.
     """

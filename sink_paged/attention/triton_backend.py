@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -82,8 +83,18 @@ class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
         )
         self.window = kv_cache_spec.blocks.window
         self.block_size = kv_cache_spec.block_size
-        self.uses_flash = flash.is_available() and flash.suits(
-            kv_cache_spec.head_size, vllm_config.model_config.dtype, kv_cache_spec.dtype
+        compilation = vllm_config.compilation_config
+        layers = [compilation.static_forward_context[name].impl for name in layer_names]
+        self.uses_flash = (
+            flash.is_available()
+            and flash.suits(
+                kv_cache_spec.head_size,
+                vllm_config.model_config.dtype,
+                kv_cache_spec.dtype,
+            )
+            and all(x.alibi_slopes is None and x.sinks is None for x in layers)
+            # A graph of a mixed batch would replay another step's table.
+            and compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
         )
 
     def build(
@@ -182,9 +193,7 @@ class SinkTritonAttentionImpl(SinkAttentionImpl):
             "max_query_len": attn_metadata.max_query_len,
         }
         unrolled = attn_metadata.unrolled
-        plain = self.alibi_slopes is None and self.sink_logits is None
-        # What a graph would replay is another step's table: it takes the other route.
-        if plain and unrolled and not torch.cuda.is_current_stream_capturing():
+        if unrolled is not None:
             flash.sink_attention(*tensors, unrolled=unrolled, **options)
             return output
         sink_attention(
