@@ -13,7 +13,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     problems: list[str] = []
 
-    def say(lines: Iterator[tuple[str, Any]]) -> None:
+    def say(lines: Iterable[tuple[str, Any]]) -> None:
         for name, value in lines:
             print(f"{name:16} {value}", flush=True)
 
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         args, others = parse(argv)
         say(installation(problems))
         if others:
-            say(iter([("ignored", f"no engine arguments: {' '.join(others)}")]))
+            say([("ignored", f"no engine arguments: {' '.join(others)}")])
         if args.model is not None and not problems:
-            say(serving(args, problems))
+            say(serving(args))
     except Exception as error:  # whatever vLLM raises for a model is the answer
         problems.append(str(error) or type(error).__name__)
     for problem in problems:
@@ -115,7 +115,7 @@ def installation(problems: list[str]) -> Iterator[tuple[str, Any]]:
             yield "wrapped", f"{patch.target}: {patch.why}"
 
 
-def serving(args: argparse.Namespace, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Model, cache config, bound and capacity, as lines.
 
     Raises:
@@ -170,14 +170,7 @@ def serving(args: argparse.Namespace, problems: list[str]) -> Iterator[tuple[str
         yield "capacity", source
         return
     yield "KV cache", f"{memory / MIB:.0f} MiB on each worker ({source})"
-    if bound.nbytes > memory:
-        problems.append(
-            "the KV cache does not hold a stream, which takes "
-            f"{bound.nbytes / MIB:.1f} MiB with {config.max_in_flight_tokens} tokens "
-            "in flight: give it more memory, or lower --sink-window or "
-            "--max-num-batched-tokens"
-        )
-        return
+    bound.check_fits(memory, config)
     # A block has room for the layers of any group; one is vLLM's null block.
     layers = max(len(group.layer_names) for group in groups)
     pool = memory // groups[0].kv_cache_spec.page_size_bytes // layers - 1

@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from sink_paged.config import StreamConfig
 from sink_paged.window import BlockWindow, SinkWindow, cdiv
 
 
@@ -106,6 +107,27 @@ class StreamBound(NamedTuple):
             sum(spec.blocks.max_blocks(in_flight) for spec in specs),
             sum(spec.blocks.max_blocks(1) for spec in specs),
             layers * sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs),
+        )
+
+    def check_fits(self, available: int, vllm_config: VllmConfig) -> None:
+        """Refuse a KV cache that cannot hold a stream.
+
+        Args:
+            available: bytes for the KV cache on a worker.
+            vllm_config: of a streaming engine.
+
+        Raises:
+            ValueError: naming what to change.
+        """
+        if self.nbytes <= available:
+            return
+        stream = StreamConfig.load(vllm_config.additional_config)
+        assert stream is not None, "only a streaming engine has this bound"
+        raise ValueError(
+            f"the KV cache has {available >> 20} MiB, but a stream with cache config "
+            f"{stream.window} can hold {self.nbytes >> 20} MiB while "
+            f"{vllm_config.max_in_flight_tokens} of its tokens are in flight: give the "
+            "KV cache more memory, or lower --sink-window or --max-num-batched-tokens"
         )
 
 

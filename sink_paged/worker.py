@@ -142,16 +142,7 @@ class StreamWorker(Stock):
         """Bytes for the KV cache; refuses too few in terms of a stream's bound."""
         available: int = super().determine_available_memory()
         groups = get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
-        needed = StreamBound.of(groups, self.vllm_config).nbytes
-        if needed > available:
-            window = stream_config(self.vllm_config).window
-            raise ValueError(
-                f"the KV cache has {available >> 20} MiB, but a stream with cache "
-                f"config {window.sink_tokens}+{window.window_tokens} can hold "
-                f"{needed >> 20} MiB while {self.vllm_config.max_in_flight_tokens} of "
-                "its tokens are in flight: give the KV cache more memory, or lower "
-                "--sink-window or --max-num-batched-tokens"
-            )
+        StreamBound.of(groups, self.vllm_config).check_fits(available, self.vllm_config)
         return available
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

@@ -78,7 +78,10 @@ def test_bound_and_capacity(
     [
         (["--sink-window", "600"], "window_tokens must be in"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
-        (["--kv-cache-memory-bytes", "100K"], "KV cache does not hold a stream"),
+        (
+            ["--kv-cache-memory-bytes", "100K"],
+            "but a stream with cache config 4+507",
+        ),
     ],
 )
 def test_refusals(

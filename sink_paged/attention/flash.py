@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sink_paged.attention.triton import logit_factors, power_of_two
+from sink_paged.attention.triton import layout, logit_factors, power_of_two
 from sink_paged.attention.triton_add_sinks import add_sinks
 from sink_paged.attention.triton_unroll import unroll
 from sink_paged.window import SinkWindow, cdiv
@@ -194,7 +194,7 @@ def sink_attention(
         max_query_len: no request has more rows.
     """
     num_tokens, num_heads, head_size = query.shape
-    _, num_kv_heads, block_size, _ = kv_cache.shape
+    num_kv_heads = kv_cache.shape[1]
     output = output.view(num_tokens, num_heads, head_size)
     keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
     norm = attend_window(
@@ -213,7 +213,6 @@ def sink_attention(
         return
     group = num_heads // num_kv_heads
     logit_scale, cap = logit_factors(scale, soft_cap)
-    rotary_dim = 0 if sink_rotation is None else sink_rotation.shape[1]
     num_requests, num_columns = block_table.shape
     add_sinks[num_tokens * group // ROWS + num_requests, num_kv_heads](
         query,
@@ -229,26 +228,17 @@ def sink_attention(
         num_requests,
         num_columns,
         window.window_tokens,
-        query.stride(0),
-        query.stride(1),
-        output.stride(0),
-        output.stride(1),
-        norm.stride(0),
-        kv_cache.stride(0),
-        block_table.stride(0),
-        0 if sink_rotation is None else sink_rotation.stride(0),
-        sink_tokens=window.sink_tokens,
-        group=group,
-        head_size=head_size,
-        padded=power_of_two(head_size),
-        rotary_dim=rotary_dim,
-        half_padded=power_of_two(max(1, rotary_dim // 2)),
-        rest_padded=power_of_two(max(1, head_size - rotary_dim)),
-        interleaved=interleaved,
-        block_size=block_size,
-        cache_head=kv_cache.stride(1),
-        cache_slot=kv_cache.stride(2),
+        norm_head=norm.stride(0),
         rows=ROWS,
         sink_keys=min(64, power_of_two(window.sink_tokens)),
+        **layout(
+            query,
+            kv_cache,
+            output,
+            block_table,
+            sink_rotation,
+            window=window,
+            interleaved=interleaved,
+        ),
         num_warps=4,
     )

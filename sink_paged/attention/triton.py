@@ -16,7 +16,7 @@ device, so calls can be captured in CUDA graphs.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,41 @@ def logit_factors(scale: float, soft_cap: float) -> tuple[float, float | None]:
     if soft_cap:
         return 2 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
     return LOG2_E * scale, None
+
+
+def layout(
+    query: Tensor,
+    kv_cache: Tensor,
+    output: Tensor,
+    block_table: Tensor,
+    sink_rotation: Tensor | None,
+    *,
+    window: SinkWindow,
+    interleaved: bool,
+) -> dict[str, Any]:
+    """Arguments by which a kernel finds its way in `sink_attention`'s tensors."""
+    num_heads, head_size = query.shape[1:]
+    rotary_dim = 0 if sink_rotation is None else sink_rotation.shape[1]
+    return {
+        "query_token": query.stride(0),
+        "query_head": query.stride(1),
+        "output_token": output.stride(0),
+        "output_head": output.stride(1),
+        "cache_block": kv_cache.stride(0),
+        "cache_head": kv_cache.stride(1),
+        "cache_slot": kv_cache.stride(2),
+        "table_row": block_table.stride(0),
+        "rotation_row": 0 if sink_rotation is None else sink_rotation.stride(0),
+        "sink_tokens": window.sink_tokens,
+        "group": num_heads // kv_cache.shape[1],
+        "head_size": head_size,
+        "padded": power_of_two(head_size),
+        "rotary_dim": rotary_dim,
+        "half_padded": power_of_two(max(1, rotary_dim // 2)),
+        "rest_padded": power_of_two(max(1, head_size - rotary_dim)),
+        "interleaved": interleaved,
+        "block_size": kv_cache.shape[2],
+    }
 
 
 class _Launch(NamedTuple):
@@ -210,7 +245,6 @@ def sink_attention(
             if splits > 1:
                 partial_output, partial_norm = workspace.output, workspace.norm
     logit_scale, cap = logit_factors(scale, soft_cap)
-    rotary_dim = 0 if sink_rotation is None else sink_rotation.shape[1]
     parts = splits + 1 if splits > 1 and window.sink_tokens else splits
     attend[tiles, num_kv_heads, parts](
         query,
@@ -232,29 +266,20 @@ def sink_attention(
         splits,
         num_columns,
         window.window_tokens,
-        query.stride(0),
-        query.stride(1),
-        output.stride(0),
-        output.stride(1),
-        kv_cache.stride(0),
-        block_table.stride(0),
-        0 if sink_rotation is None else sink_rotation.stride(0),
-        sink_tokens=window.sink_tokens,
-        group=group,
-        head_size=head_size,
-        padded=padded,
-        rotary_dim=rotary_dim,
-        half_padded=power_of_two(max(1, rotary_dim // 2)),
-        rest_padded=power_of_two(max(1, head_size - rotary_dim)),
-        interleaved=interleaved,
-        block_size=block_size,
-        cache_head=kv_cache.stride(1),
-        cache_slot=kv_cache.stride(2),
         rows=rows,
         keys=keys,
         sink_keys=min(keys, power_of_two(max(1, window.sink_tokens))),
         one_tile=one_tile,
         is_split=splits > 1,
+        **layout(
+            query,
+            kv_cache,
+            output,
+            block_table,
+            sink_rotation,
+            window=window,
+            interleaved=interleaved,
+        ),
         num_warps=num_warps,
         num_stages=num_stages,
     )

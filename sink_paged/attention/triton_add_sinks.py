@@ -12,6 +12,7 @@ from sink_paged.attention.triton_tile import (
     find_request,
     first_tile,
     load_rows,
+    tile_rows,
 )
 
 
@@ -71,14 +72,17 @@ def add_sinks(
     if (first_row >= num_rows) | (num_sinks <= 0):
         return
 
-    # Rows behind the request's repeat its last one; they are not stored.
-    row = first_row + tl.arange(0, rows)
-    stored = row < num_rows
-    row = tl.minimum(row, num_rows - 1)
-    token = row // group
-    head = kv_head * group + row % group
-    batch_row = (start + token).to(tl.int64)
-    query_rows = query + batch_row * query_token + head * query_head
+    stored, token, head, batch_row, query_rows = tile_rows(
+        query,
+        start,
+        first_row,
+        num_rows,
+        kv_head,
+        query_token,
+        query_head,
+        group,
+        rows,
+    )
     q = load_rows(query_rows, stored, head_size, padded, False)
     acc, norm, peak = attend_sinks(
         tl.zeros([rows, padded], tl.float32),

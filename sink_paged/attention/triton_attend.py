@@ -24,6 +24,7 @@ from sink_paged.attention.triton_tile import (
     find_request,
     first_tile,
     load_rows,
+    tile_rows,
 )
 
 
@@ -93,14 +94,17 @@ def attend(
     if first_row >= num_rows:
         return
 
-    # Rows behind the request's repeat its last one; they are not stored.
-    row = first_row + tl.arange(0, rows)
-    stored = row < num_rows
-    row = tl.minimum(row, num_rows - 1)
-    token = row // group
-    head = kv_head * group + row % group
-    batch_row = (start + token).to(tl.int64)
-    query_rows = query + batch_row * query_token + head * query_head
+    stored, token, head, batch_row, query_rows = tile_rows(
+        query,
+        start,
+        first_row,
+        num_rows,
+        kv_head,
+        query_token,
+        query_head,
+        group,
+        rows,
+    )
     q = load_rows(query_rows, stored, head_size, padded, False)
 
     context = tl.load(seq_lens + request) - query_len

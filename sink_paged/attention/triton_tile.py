@@ -39,6 +39,47 @@ def find_request(
 
 
 @triton.jit
+def tile_rows(
+    query,
+    start,
+    first_row,
+    num_rows,
+    kv_head,
+    query_token,
+    query_head,
+    group: tl.constexpr,
+    rows: tl.constexpr,
+):
+    """What stands in the rows of a tile, each `[rows]`.
+
+    Rows behind the request's repeat its last one; they are not stored.
+
+    Args:
+        query: of the batch.
+        start: the request's first row of the batch.
+        first_row: of the tile, of the request's rows (tokens times query heads).
+        num_rows: of the request.
+        kv_head: of the tile.
+        query_token: elements of `query` from token to token.
+        query_head: elements from head to head.
+        group: query heads of a KV head.
+        rows: of the tile.
+
+    Returns:
+        Whether to store a row; its token of the request, query head, row of the batch
+        (int64), and pointer to its query.
+    """
+    row = first_row + tl.arange(0, rows)
+    stored = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    token = row // group
+    head = kv_head * group + row % group
+    batch_row = (start + token).to(tl.int64)
+    query_rows = query + batch_row * query_token + head * query_head
+    return stored, token, head, batch_row, query_rows
+
+
+@triton.jit
 def key_pointers(
     cache,
     table,
