@@ -31,6 +31,11 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of a query's largest entry; what is not a rotation differs by about all of it."""
 
 
+def count_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of the proof's steps; no more than any step of the worker may have."""
+    return min(NUM_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
+
+
 def prove_rotations(
     model: nn.Module, layers: Mapping[str, Attention], vllm_config: VllmConfig
 ) -> None:
@@ -46,8 +51,7 @@ def prove_rotations(
             as its ``rotations`` say.
     """
     tolerance = TOLERANCES[vllm_config.model_config.dtype]
-    num_tokens = min(NUM_TOKENS, vllm_config.scheduler_config.max_num_batched_tokens)
-    positions = torch.tensor(list(islice(cycle(POSITIONS), num_tokens)))
+    positions = torch.tensor(list(islice(cycle(POSITIONS), count_tokens(vllm_config))))
     at_zero = _run(model, layers, torch.zeros_like(positions), vllm_config)
     moved = _run(model, layers, positions, vllm_config)
     styles: dict[StepRotations, set[bool]] = {}

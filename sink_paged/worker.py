@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
@@ -22,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from sink_paged import runner_v2, streams
+from sink_paged import probe, runner_v2, streams
 from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec, StreamBound
 from sink_paged.model_runner import bind_rotations
@@ -115,9 +116,12 @@ class StreamWorker(Stock):
         super().load_model(*args, **kwargs)
         runner = self.model_runner
         capacity = stream_config(self.vllm_config).window.capacity
-        bind_rotations(
-            runner.get_model(), self.vllm_config, capacity, runner.max_num_tokens
-        )
+        # Layers with LoRA look up each token's adapter; those of the proof have none.
+        tokens = np.array([probe.count_tokens(self.vllm_config)])
+        with runner.maybe_select_dummy_loras(self.vllm_config.lora_config, tokens):
+            bind_rotations(
+                runner.get_model(), self.vllm_config, capacity, runner.max_num_tokens
+            )
         stock_specs = runner.get_kv_cache_spec
         # The runner asks itself when it measures what CUDA graphs take.
         runner.get_kv_cache_spec = lambda: stream_specs(stock_specs(), self.vllm_config)
@@ -153,12 +157,15 @@ class StreamWorker(Stock):
         groups = kv_cache_config.kv_cache_groups
         specs = [group.kv_cache_spec for group in groups]
         bound = StreamBound.of(groups, self.vllm_config)
+        pool = kv_cache_config.num_blocks - 1  # one is vLLM's null block
         logger.info(
             "Sink eviction: cache config %s. A stream of any length holds at most %d "
-            "KV blocks of %d tokens (%d while it only decodes); the pool has %d",
+            "KV blocks of %d tokens (%d while it only decodes); the pool has %d, for "
+            "%d streams that decode",
             " and ".join(dict.fromkeys(str(spec.blocks.window) for spec in specs)),
             bound.blocks,
             specs[0].block_size,
             bound.decoding_blocks,
-            kv_cache_config.num_blocks - 1,
+            pool,
+            pool // bound.decoding_blocks,
         )
