@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,19 +19,32 @@ START_UP = 240.0
 
 
 @contextmanager
-def running_server(log: Path, flags: str) -> Iterator[str]:
-    """The base URL of a server with these flags that answers; its output is ``log``."""
+def running_server(
+    log: Path,
+    flags: str,
+    model: Path = MODEL,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """The base URL of a server that answers.
+
+    Args:
+        log: file for its output.
+        flags: of ``vllm serve``, beside ``--port`` and ``--sink-eviction``.
+        model: what it serves.
+        environment: variables beside this process's own.
+    """
     port = free_port()
-    environment = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
-    } | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    }
+    variables = {**inherited, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
     flags = f"--port {port} --sink-eviction {flags}"
-    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, *flags.split()]
+    command = [Path(sys.executable).with_name("vllm"), "serve", model, *flags.split()]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables
         )
     url = f"http://127.0.0.1:{port}"
     try:
