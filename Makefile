@@ -69,7 +69,7 @@ endef
 export CHECK_PYTHON CHECK_INSTALL
 
 MATRIX_TESTS := tests/test_exactness.py tests/test_config.py tests/test_patches.py \
-	tests/test_cuda_contract.py tests/test_kv_cache.py
+	tests/test_cuda_contract.py tests/test_kv_cache.py tests/test_metrics.py
 
 .DEFAULT_GOAL := help
 .PHONY: install serve test test-matrix support demo bench lint clean help check-python check-compiler

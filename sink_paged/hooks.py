@@ -68,12 +68,27 @@ class EngineHooks:
 
             prepend(request, stream.sink_token_id)
 
-    def update_output_processor(self, vllm_config: Any, output_processor: Any) -> None:
-        """Give a streaming engine's front end its output processor."""
-        if StreamConfig.load(vllm_config.additional_config) is not None:
-            from sink_paged.output_processor import StreamOutputProcessor
+    def update_front_end(self, engine: Any) -> None:
+        """Give a streaming engine's front end its output processor and its metrics.
 
-            output_processor.__class__ = StreamOutputProcessor
+        Args:
+            engine: an ``LLMEngine`` or ``AsyncLLM``, at the end of its construction.
+        """
+        if StreamConfig.load(engine.vllm_config.additional_config) is None:
+            return
+        from sink_paged import metrics
+        from sink_paged.output_processor import StreamOutputProcessor
+
+        engine.output_processor.__class__ = StreamOutputProcessor
+        if engine.logger_manager is not None:
+            metrics.show_counts(engine.vllm_config, engine.logger_manager)
+
+    def update_stats(self, scheduler: Any, stats: Any) -> None:
+        """Add a streaming engine's counts to the statistics of a step."""
+        if StreamConfig.load(scheduler.vllm_config.additional_config) is not None:
+            from sink_paged import metrics
+
+            metrics.add_counts(scheduler, stats)
 
     def _check_size(self, vllm_config: Any, stream: StreamConfig, request: Any) -> None:
         from vllm.exceptions import VLLMValidationError

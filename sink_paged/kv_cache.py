@@ -132,7 +132,12 @@ class StreamBound(NamedTuple):
 
 
 class SinkWindowManager(SingleTypeKVCacheManager):
-    """Allocates, frees and finds the blocks of streams with sinks and a window."""
+    """Allocates, frees and finds the blocks of streams with sinks and a window.
+
+    Attributes:
+        streams_past_window: running streams that have evicted tokens.
+        resident_tokens: tokens that running streams attend, summed over them.
+    """
 
     def __init__(
         self,
@@ -148,6 +153,10 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         )
         self.blocks = kv_cache_spec.blocks
         self.admission_cap = max_admission_blocks_per_request
+        self.streams_past_window = self.resident_tokens = 0
+        self._num_computed: dict[str, int] = {}
+        self._blocks_pinned: int | None = None  # to be counted when somebody asks
+        self._blocks_evicted = self._tokens_evicted = 0
 
     def get_num_blocks_to_allocate(
         self,
@@ -184,6 +193,16 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])
         req_blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(req_blocks)
+        self._blocks_pinned = None
+        self._count(request_id, num_local_computed_tokens)
+
+    def allocate_new_blocks(
+        self, request_id: str, *args: Any, **kwargs: Any
+    ) -> list[KVCacheBlock]:
+        """See ``SingleTypeKVCacheManager``."""
+        if len(self.req_to_blocks[request_id]) < self.blocks.pinned_blocks:
+            self._blocks_pinned = None
+        return super().allocate_new_blocks(request_id, *args, **kwargs)
 
     @classmethod
     def find_longest_cache_hit(
@@ -249,6 +268,8 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
             return
+        excess = self._count(request_id, processed_computed_tokens)
+        self._tokens_evicted += max(0, excess)
         first = self.blocks.first_window_block(processed_computed_tokens)
         expired = []
         for index in range(
@@ -260,6 +281,41 @@ class SinkWindowManager(SingleTypeKVCacheManager):
             blocks[index] = self._null_block
         if expired:
             self.block_pool.free_blocks(reversed(expired))
+            self._blocks_evicted += len(expired)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a stream that has finished, or is preempted; its blocks."""
+        self._blocks_pinned = None
+        self._count(request_id, 0)
+        self._num_computed.pop(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    @property
+    def blocks_pinned(self) -> int:
+        """Blocks that hold sinks of running streams; a shared one counts once."""
+        if self._blocks_pinned is None:
+            pinned = self.blocks.pinned_blocks
+            rows = self.req_to_blocks.values()
+            held = {block.block_id for row in rows for block in row[:pinned]}
+            self._blocks_pinned = len(held)
+        return self._blocks_pinned
+
+    def take_evicted(self) -> tuple[int, int]:
+        """Blocks and tokens that have left a window since this was last asked."""
+        evicted = self._blocks_evicted, self._tokens_evicted
+        self._blocks_evicted = self._tokens_evicted = 0
+        return evicted
+
+    def _count(self, request_id: str, num_computed: int) -> int:
+        """Note how far a stream has come; tokens that this has put out of its cache."""
+        window = self.blocks.window
+        before = self._num_computed.get(request_id, 0)
+        self._num_computed[request_id] = num_computed
+        excess_before = max(0, before - window.capacity)
+        excess = max(0, num_computed - window.capacity)
+        self.streams_past_window += bool(excess) - bool(excess_before)
+        self.resident_tokens += num_computed - excess - (before - excess_before)
+        return excess - excess_before
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens before the window; the sinks among them stay resident."""

@@ -51,7 +51,16 @@ def _engine_init(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> None:
     original(self, *args, **kwargs)
-    HOOKS.update_output_processor(self.vllm_config, self.output_processor)
+    HOOKS.update_front_end(self)
+
+
+def _make_stats(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    stats = original(self, *args, **kwargs)
+    if stats is not None:
+        HOOKS.update_stats(self, stats)
+    return stats
 
 
 def _get_attn_backend_cls(
@@ -138,14 +147,23 @@ ALL = (
         target="vllm.v1.engine.llm_engine:LLMEngine.__init__",
         parameters=("self", "vllm_config"),
         wrapper=_engine_init,
-        why="the front end's work for a token grows with the output",
+        why="the front end's work for a token grows with the output; it has no metrics "
+        "of plugins",
         upstream=ENGINE_HOOKS,
     ),
     Patch(
         target="vllm.v1.engine.async_llm:AsyncLLM.__init__",
         parameters=("self", "vllm_config"),
         wrapper=_engine_init,
-        why="the front end's work for a token grows with the output",
+        why="the front end's work for a token grows with the output; it has no metrics "
+        "of plugins",
+        upstream=ENGINE_HOOKS,
+    ),
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler.make_stats",
+        parameters=("self", "spec_decoding_stats", "kv_connector_stats"),
+        wrapper=_make_stats,
+        why="a plugin cannot add to the statistics of a step",
         upstream=ENGINE_HOOKS,
     ),
     Patch(

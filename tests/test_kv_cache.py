@@ -29,6 +29,7 @@ from vllm.v1.request import Request
 from sink_paged import kv_cache
 from sink_paged.config import MAX_STREAM_TOKENS
 from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.metrics import StreamCounts
 from sink_paged.window import BlockWindow, SinkWindow, cdiv
 
 MAX_CHUNK = 24
@@ -97,6 +98,9 @@ class Scheduler(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.count = 0
         self.hits = 0
+        # What the metrics should say, from what was seen of each step.
+        self.computed: dict[str, int] = {}
+        self.blocks_evicted = self.tokens_evicted = 0
 
     @rule(data=st.data(), length=st.integers(1, 120))
     def arrive(self, data: st.DataObject, length: int) -> None:
@@ -132,6 +136,7 @@ class Scheduler(RuleBasedStateMachine):
         computed = request.num_computed_tokens + num_hit
         chunk = min(chunk, request.num_tokens - computed)
         free_before = self.pool.get_num_free_blocks()
+        held_before = self.held_by(request)
         allocated = self.manager.allocate_slots(
             request,
             chunk,
@@ -139,6 +144,9 @@ class Scheduler(RuleBasedStateMachine):
             new_computed_blocks=hit_blocks,
             full_sequence_must_fit=request.num_computed_tokens == 0,
         )
+        evicted = held_before - self.held_by(request)
+        self.blocks_evicted += len(evicted)
+        self.count_tokens(request.request_id, computed, first=not held_before)
         if allocated is None:
             # One stream alone always fits; so this one waits for the others.
             assert free_before < self.bound
@@ -158,9 +166,26 @@ class Scheduler(RuleBasedStateMachine):
         if self.requests:
             request = data.draw(st.sampled_from(self.requests))
             self.requests.remove(request)
-            self.manager.free(request)
+            self.preempt(request)
+
+    def count_tokens(self, name: str, computed: int, first: bool) -> None:
+        capacity = max(policy.window.capacity for policy in self.policies)
+        before = computed if first else self.computed[name]
+        for text in range(before, computed):
+            self.tokens_evicted += text >= capacity
+        self.computed[name] = computed
+
+    def held_by(self, request: Request) -> set[tuple[int, int]]:
+        """Group and index of each block that is held."""
+        return {
+            (group, index)
+            for group, blocks in enumerate(self.blocks_of(request))
+            for index, block in enumerate(blocks)
+            if not block.is_null
+        }
 
     def preempt(self, request: Request) -> None:
+        self.computed.pop(request.request_id, None)
         self.manager.free(request)
         request.num_computed_tokens = 0
 
@@ -229,12 +254,37 @@ class Scheduler(RuleBasedStateMachine):
         free = self.pool.num_gpu_blocks - 1 - len(held)
         assert self.pool.get_num_free_blocks() == free
 
+    @invariant()
+    def metrics_say_what_happened(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        counts = StreamCounts.take(self.manager.coordinator.single_type_managers)
+        capacity = max(policy.window.capacity for policy in self.policies)
+        texts = self.computed.values()
+        pinned = {
+            block.block_id
+            for request in self.requests
+            for policy, blocks in zip(
+                self.policies, self.blocks_of(request), strict=True
+            )
+            for block in blocks[: policy.pinned_blocks]
+        }
+        assert counts == StreamCounts(
+            blocks_pinned=len(pinned),
+            streams_past_window=sum(text > capacity for text in texts),
+            resident_tokens=sum(min(text, capacity) for text in texts),
+            blocks_evicted=self.blocks_evicted,
+            tokens_evicted=self.tokens_evicted,
+        )
+        self.blocks_evicted = self.tokens_evicted = 0
+
     def teardown(self) -> None:
         if not hasattr(self, "pool"):
             return
         for request in self.requests:
-            self.manager.free(request)
+            self.preempt(request)
         self.requests = []
+        self.metrics_say_what_happened()
         self.every_block_is_free_or_held()
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert self.manager.reset_prefix_cache()

@@ -165,7 +165,7 @@ assert config.model_config.max_model_len == 2**31 - 1
 assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[2], skip_tokenizer_init=True, enforce_eager=True,
-          kv_cache_memory_bytes=1 << 27,
+          kv_cache_memory_bytes=1 << 27, disable_log_stats=False,
           additional_config={"sink_paged": {"sink_token_id": 7}})
 prompt = {"prompt_token_ids": [256] + [5] * 299}
 for max_tokens, expected in ((3, 3), (None, 255)):
@@ -180,6 +180,10 @@ prompt["prompt_token_ids"] = [5, 5]
 added = llm.generate(prompt, params, use_tqdm=False)[0].prompt_logprobs
 assert [len(x or ()) for x in given] == [len(x or ()) for x in added] == [0, 1]
 assert given != added
+counts = {metric.name: metric.value for metric in llm.get_metrics()
+          if "sink_paged" in metric.name}
+assert counts["vllm:sink_paged_resident_tokens"] == 0
+assert counts["vllm:sink_paged_tokens_evicted"] > 300 + 255 - 256
 print("works unpatched")
 """
 
