@@ -15,6 +15,18 @@ with the same output skips what is finished, by id, and tries again what failed.
     python scripts/offline_batch.py --model models/pocket \\
         --input prompts.jsonl --output out.jsonl --max-tokens 64
 
+Files named *.parquet are Parquet, with the same keys as columns. A Parquet output is
+written when the run ends, from out.parquet.jsonl, which grows as lines finish and which
+a later run resumes from.
+
+With --ray, Ray Data runs the same job on a pool of engines, each in a worker process of
+a Ray cluster: the one at --ray-address (or in RAY_ADDRESS), else one of this machine
+that lasts as long as the run. Run it on a machine of the cluster: input and output are
+files there, while the model and this package have to be on all. With GPUs, a worker
+gets as many as its engine's parallel sizes ask for, and --workers is by default what
+fits; without, it is one a machine, and the cores are divided among the workers. Lines
+of a worker that dies are run again by another, three times at most.
+
 Exit status: 0 all lines finished, 1 some failed, 2 unusable arguments, 130 interrupted
 (what is finished is kept).
 """
@@ -23,10 +35,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
+from functools import partial
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -43,9 +58,14 @@ from sink_paged.offline import (
     UnusableError,
     check_sampling,
     count_lines,
+    is_parquet,
+    read_lines,
+    records_path,
     report,
     run,
     sort_output,
+    start_vllm,
+    write_parquet,
 )
 
 
@@ -55,8 +75,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder of a checkpoint, or a model's name")
-    add("--input", type=Path, required=True, help="JSON lines to run")
-    add("--output", type=Path, required=True, help="JSON lines written; resumed")
+    add("--input", type=Path, required=True, help="JSON lines or Parquet to run")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="JSON lines or Parquet written; resumed",
+    )
     add("--sink-tokens", type=int, help="first tokens that stay (default 4)")
     add("--sink-window", type=int, help="recent tokens that stay (default: what fits)")
     add("--stock", action="store_true", help="vLLM without sink eviction, to compare")
@@ -83,6 +108,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="any other argument of vllm.LLM, e.g. block_size=32; repeatable",
     )
+    add("--ray", action="store_true", help="run on a Ray cluster")
+    add(
+        "--ray-address", metavar="ADDRESS", help="of the cluster (default: a local one)"
+    )
+    add("--workers", type=int, metavar="N", help="engines (default: what fits)")
     args = parser.parse_args(argv)
     try:
         check_sampling(default_sampling(args))
@@ -146,6 +176,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_plugin()
     elif given(args, "sink_tokens", "sink_window"):
         raise ValueError("--stock has no sinks and no window")
+    if args.ray:
+        check_ray(args)
+    elif given(args, "ray_address", "workers"):
+        raise ValueError("--ray-address and --workers need --ray")
+
+
+def check_ray(args: argparse.Namespace) -> None:
+    """Refuse what does not go with ``--ray``; raises ``ValueError``."""
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if not all(find_spec(name) for name in ("ray", "pyarrow")):
+        raise ValueError("--ray needs Ray Data (pip install 'ray[data]')")
+    if dict(args.engine_arg).get("distributed_executor_backend") == "ray":
+        raise ValueError(
+            "with --ray each engine lies within a machine; one that vLLM spreads over "
+            "several with distributed_executor_backend=ray runs without --ray"
+        )
 
 
 def check_plugin() -> None:
@@ -159,54 +206,86 @@ def check_plugin() -> None:
         raise ValueError("VLLM_PLUGINS is set and does not name sink_paged")
 
 
-def stop_on_signals(stop: Event) -> None:
-    """The first Ctrl-C or TERM ends the run after this step, the next at once."""
+def stop_on_signals(stop: Event, *, at_once: bool) -> None:
+    """The first Ctrl-C or TERM ends the run after this step, the next at once.
+
+    On Ray (``at_once``) the first does too: the driver has no steps.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if at_once:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
 
-def start_engine(args: argparse.Namespace) -> Engine:
-    """Start vLLM; whatever prevents that is a matter of the arguments."""
-    try:
-        from sink_paged.offline.engine import VllmEngine
+def run_lines(
+    args: argparse.Namespace,
+    reader: RequestReader,
+    output: Output,
+    tally: Tally,
+    stop: Event,
+) -> None:
+    """Run the input's lines here or on Ray, until they end or ``stop`` is set."""
+    start = partial(start_vllm, engine_settings(args), default_sampling(args))
+    if not args.ray:
 
-        return VllmEngine(engine_settings(args), default_sampling(args))
-    except Exception as error:
-        raise UnusableError(f"vLLM did not start: {error}") from error
+        def start_here() -> Engine:
+            engine = start()
+            tally.bar.unpause()  # the rates leave the start out
+            return engine
+
+        run(reader, start_here, output, tally, in_flight=args.batch_size, stop=stop)
+        return
+
+    from sink_paged.offline.ray_data import run_on_ray
+
+    run_on_ray(
+        args.input,
+        reader,
+        start,
+        output,
+        tally,
+        in_flight=args.batch_size,
+        address=args.ray_address,
+        workers=args.workers,
+        gpus=gpus_per_engine(dict(args.engine_arg)),
+    )
+
+
+def gpus_per_engine(settings: dict[str, Any]) -> int:
+    """GPUs that an engine of these settings needs."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    return math.prod(settings.get(size) or 1 for size in sizes)
 
 
 def run_file(args: argparse.Namespace, stop: Event) -> int:
     """Run the input file; returns the exit status."""
     problem: BaseException | None = None
+    records = records_path(args.output)
     with (
-        Output(args.output, token_ids=args.token_ids) as output,
-        args.input.open("rb") as lines,
+        Output(records, token_ids=args.token_ids) as output,
         tqdm(
             total=count_lines(args.input), unit="line", dynamic_ncols=True, miniters=0
         ) as bar,
     ):
-
-        def start() -> Engine:
-            engine = start_engine(args)
-            bar.unpause()  # the rates leave the start out
-            return engine
-
-        reader, tally = RequestReader(lines, output.done), Tally(bar)
+        reader = RequestReader(read_lines(args.input), output.done)
+        tally = Tally(bar)
         try:
-            run(reader, start, output, tally, in_flight=args.batch_size, stop=stop)
+            run_lines(args, reader, output, tally, stop)
         except (Exception, KeyboardInterrupt) as error:
             # An interrupt also reaches vLLM's own processes, which then fail.
             if isinstance(error, UnusableError) and not stop.is_set():
                 raise
             problem = error
     if args.keep_order:
-        sort_output(args.output, reader.line_of)
+        sort_output(records, reader.line_of)
+    if is_parquet(args.output):
+        write_parquet(records, args.output)
     report(
         f"{'interrupted: ' if stop.is_set() else ''}{tally.finished} finished, "
         f"{tally.failed} failed, {tally.skipped} finished earlier"
@@ -221,12 +300,14 @@ def run_file(args: argparse.Namespace, stop: Event) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     stop = Event()
-    stop_on_signals(stop)
+    stop_on_signals(stop, at_once=args.ray)
     try:
         return run_file(args, stop)
     except UnusableError as error:
         report(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

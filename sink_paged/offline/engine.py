@@ -21,15 +21,18 @@ class VllmEngine:
     ``LLM.enqueue`` takes one request without waiting, ``LLMEngine.step`` advances all.
     """
 
-    def __init__(self, settings: dict[str, Any], sampling: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: dict[str, Any], sampling: dict[str, Any], *, share: int = 1
+    ) -> None:
         """Start vLLM.
 
         Args:
             settings: keyword arguments of ``vllm.LLM``.
             sampling: settings of ``vllm.SamplingParams`` that a request's own override,
                 and that override the model's.
+            share: engines that share this machine.
         """
-        self.llm = LLM(**{**_cpu_defaults(), **settings})
+        self.llm = LLM(**{**_cpu_defaults(share), **settings})
         model_config = self.llm.llm_engine.vllm_config.model_config
         self.sampling = {**model_config.get_diff_sampling_param(), **sampling}
         self._requests: dict[str, Request] = {}
@@ -76,9 +79,9 @@ class VllmEngine:
         ]
 
 
-def _cpu_defaults() -> dict[str, Any]:
+def _cpu_defaults(share: int) -> dict[str, Any]:
     """A quarter of the free memory: vLLM's default takes 92 % of all, or fails."""
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {}
     free = int(psutil.virtual_memory().available)
-    return {"kv_cache_memory_bytes": max(2**30, free // 4)}
+    return {"kv_cache_memory_bytes": max(2**30, free // 4 // share)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 from sink_paged.offline.lines import Done, Failure, LineId, PromptKind, Request
@@ -55,12 +54,7 @@ class RequestReader:
         line_id: LineId = line
         try:
             record = load_object(raw)
-            if record.get("id") is not None:
-                if not is_id(record["id"]):
-                    raise ValueError(
-                        f"id must be text or an integer, got {record['id']!r}"
-                    )
-                line_id = record["id"]
+            line_id = read_id(line, record)
             first = self.line_of.setdefault(line_id, line)
             if first != line:
                 raise ValueError(f"duplicate id {line_id!r}, first on line {first}")
@@ -78,12 +72,6 @@ class RequestReader:
         for key in record.keys() - known - self._ignored:
             self._ignored.add(key)
             report(f"warning: line {line}: key {key!r} is ignored, here and later")
-
-
-def count_lines(path: Path) -> int:
-    """Lines of the input that are not blank."""
-    with path.open("rb") as file:
-        return sum(1 for raw in file if raw.strip())
 
 
 def load_object(raw: bytes) -> dict[str, Any]:
@@ -104,6 +92,22 @@ def load_object(raw: bytes) -> dict[str, Any]:
 def is_id(value: Any) -> bool:
     """Text or an integer; JSON's true and false are ints in Python, but no ids."""
     return isinstance(value, str) or type(value) is int
+
+
+def read_id(line: int, record: dict[str, Any]) -> LineId:
+    """Return a line's id, by default its number; raises ``ValueError``."""
+    line_id = record.get("id")
+    if line_id is None:
+        return line
+    if not is_id(line_id):
+        raise ValueError(f"id must be text or an integer, got {line_id!r}")
+    return line_id
+
+
+def parse_line(line: int, raw: bytes) -> Request:
+    """Read a line on its own; raises ``ValueError``."""
+    record = load_object(raw)
+    return parse_request(line, read_id(line, record), record)
 
 
 def parse_request(line: int, line_id: LineId, record: dict[str, Any]) -> Request:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -151,12 +152,21 @@ def _finished_lines(path: Path) -> Iterator[bytes]:
                 yield raw
 
 
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """Replace a file in one step, so that no kill can lose a finished line."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace a file in one step, so that no kill can lose a finished line.
+
+    Yields:
+        The path to write its new contents to.
+    """
     path = path.resolve()
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
+    yield partial
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _replace(path: Path, lines: Iterable[bytes]) -> None:
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.writelines(lines)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 from sink_paged.offline.lines import Done, Failure, Outcome, Request, Result
 from sink_paged.offline.progress import Tally, report
-from sink_paged.offline.results import Output
+from sink_paged.offline.results import Output, UnusableError
 
 
 class RefusedError(Exception):
@@ -31,7 +31,7 @@ class Engine(Protocol):
 
 
 def run_requests(
-    lines: Iterable[Request | Failure | Done],
+    lines: Iterable[Request | Failure | Done | None],
     start_engine: Callable[[], Engine],
     *,
     in_flight: int,
@@ -39,7 +39,8 @@ def run_requests(
     """Run parsed lines on one engine, ``in_flight`` streams at a time.
 
     ``lines`` is read on only while a place is free, so that no more than ``in_flight``
-    prompts are ever held. What needs no engine passes through, and the engine is
+    prompts are ever held; None among them says that the next is not there yet, and the
+    streams in flight advance. What needs no engine passes through, and the engine is
     asked for with the first request: a run that has nothing to do is quick.
 
     Yields:
@@ -49,9 +50,14 @@ def run_requests(
     """
     engine: Engine | None = None
     unread = iter(lines)
+    ended = False
     while True:
         while engine is None or engine.in_flight < in_flight:
-            line = next(unread, None)
+            try:
+                line = next(unread)
+            except StopIteration:
+                ended = True
+                break
             if line is None:
                 break
             if isinstance(line, Request):
@@ -60,9 +66,10 @@ def run_requests(
                 yield _submit(engine, line)
             else:
                 yield [line]
-        if engine is None or not engine.in_flight:
+        if engine is not None and engine.in_flight:
+            yield [_judge(result) for result in engine.step()]
+        elif ended:
             return
-        yield [_judge(result) for result in engine.step()]
 
 
 def _submit(engine: Engine, request: Request) -> list[Outcome]:
@@ -93,11 +100,37 @@ def run(
     """Run parsed lines into the output file, until they end or ``stop`` is set."""
     for outcomes in run_requests(lines, start_engine, in_flight=in_flight):
         for outcome in outcomes:
-            if isinstance(outcome, Failure):
-                report(f"line {outcome.line}: {outcome.message}")
-            if not isinstance(outcome, Done):
-                output.write(outcome)
-            tally.count(outcome)
+            record(outcome, output, tally)
         tally.show()
         if stop is not None and stop.is_set():
             return
+
+
+def record(outcome: Outcome, output: Output, tally: Tally) -> None:
+    """Write one outcome where it is new, and count it."""
+    if isinstance(outcome, Failure):
+        report(f"line {outcome.line}: {outcome.message}")
+    if not isinstance(outcome, Done):
+        output.write(outcome)
+    tally.count(outcome)
+
+
+def start_vllm(
+    settings: dict[str, Any], sampling: dict[str, Any], share: int = 1
+) -> Engine:
+    """Start vLLM; whatever prevents that is a matter of the arguments.
+
+    Args:
+        settings: keyword arguments of ``vllm.LLM``.
+        sampling: settings of ``vllm.SamplingParams`` for all requests.
+        share: engines that share this machine.
+
+    Raises:
+        UnusableError: vLLM did not start.
+    """
+    try:
+        from sink_paged.offline.engine import VllmEngine
+
+        return VllmEngine(settings, sampling, share=share)
+    except Exception as error:
+        raise UnusableError(f"vLLM did not start: {error}") from error
