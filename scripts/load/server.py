@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` as a process of its own: start, processes, metrics, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+START_UP = 600.0
+"""Seconds a server may take to answer; on busy cores compiling takes minutes."""
+SHUT_DOWN = 60.0
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+"""Environment of every server; the KV pool is set by its number of blocks."""
+CLEARED = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
+"""Variables of this process that would change where the server's parts run."""
+
+
+class ServerError(Exception):
+    """The server did not start, or died."""
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        url: base URL.
+        model: the name that requests give.
+        log: file of what its processes print.
+        process: the API server, root of the process tree.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        flags: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Start it; it may take a minute until ``wait`` returns."""
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.model, self.log = model, log
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", model]
+        self.command = [*command, "--port", str(port), *flags]
+        kept = {k: v for k, v in os.environ.items() if k not in CLEARED}
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=kept | SETTINGS | dict(environment),
+                start_new_session=True,
+            )
+        self._seen: dict[int, psutil.Process] = {}
+
+    def wait(self) -> None:
+        """Until it answers.
+
+        Raises:
+            ServerError: it ended or took too long; with the end of the log.
+        """
+        deadline = time.monotonic() + START_UP
+        while not self._is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise ServerError(f"the server did not start: {self.log_tail()}")
+            time.sleep(0.5)
+        self.processes()
+
+    def _is_healthy(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        return False
+
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """Its living processes by role: API server, engine core, worker, other."""
+        roles: dict[str, list[psutil.Process]] = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    role = "API server" if process == root else _role(process)
+                    self._seen[process.pid] = process
+                    roles.setdefault(role, []).append(process)
+        return roles
+
+    def survivors(self) -> list[psutil.Process]:
+        """Processes ever seen in its tree that live still, orphans too."""
+        self.processes()
+        return [process for process in self._seen.values() if _lives(process)]
+
+    def metrics(self) -> dict[str, float]:
+        """Its ``/metrics`` of the ``vllm:`` family, summed over their labels."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).raise_for_status().text
+        return read_metrics(text)
+
+    def log_tail(self, lines: int = 8) -> str:
+        """The end of its log."""
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n  ".join([f"{self.log} ends with", *text[-lines:]])
+
+    def stop(self) -> int:
+        """Stop it as a user would; its exit status. What does not end is killed."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(SHUT_DOWN)
+        for process in self.survivors():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return self.process.wait()
+
+
+def _role(process: psutil.Process) -> str:
+    title = "".join(process.cmdline()) + process.name()
+    for role, mark in (("engine core", "EngineCore"), ("worker", "Worker")):
+        if mark in title:
+            return role
+    return "other"
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def running_server(
+    model: str,
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server that answers, stopped at the end with all of its processes."""
+    server = Server(model, flags, log, environment or {})
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """Values of an exposition by sample name, summed over labels, vLLM's alone.
+
+    Buckets and creation times are left out.
+    """
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("vllm:") and not sample.name.endswith(
+                ("_bucket", "_created")
+            ):
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
+
+
+def extension_metrics(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Those of sink_paged, by name."""
+    return {k: v for k, v in metrics.items() if k.startswith("vllm:sink_paged_")}

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Load and faults: what ``vllm serve --sink-eviction`` does when it is used badly.
+
+Starts the server itself, with a KV pool too small for its clients, and checks:
+
+- **load**: concurrent clients stream completions and conversations, prompts and outputs
+  several windows long, until ``--output-tokens`` have been written. Some leave before
+  the first token or in the middle, some of these send the same request again, turns of
+  a conversation resend all of it, and bad requests come in between: each gets a 4xx,
+  and nothing else fails;
+- **preemption**: the pool runs out, and streams are preempted and resumed;
+- **no leak**: afterwards no request is left and no KV block is in use, and the resident
+  memory of no process has grown beyond its noise over the second half of the tokens
+  (``load/memory.py``; ``--quick`` has too few tokens to judge);
+- **exactness**: a random sample of the answers, greedy and seeded, is what the same
+  request gets when it is alone, token by token (``load/exactness.py``);
+- **faults**: with streams past the window, the worker is killed, of another server the
+  engine core. Clients get errors, the log names the process, the server ends within
+  a minute, nothing of it is left. The same on stock vLLM for comparison: the exit
+  status must be the same.
+
+Figures of the load are those of ``vllm bench serve``, by its key names, over answers
+that ended. Written to ``--output-dir``: ``load.json``, ``load.png`` and the servers'
+logs. The exit status is 1 if a check failed.
+
+Examples::
+
+    python scripts/load_test.py --quick
+    OMP_NUM_THREADS=1 python scripts/load_test.py    # cores shared with other programs
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from load.bad_requests import catalogue
+from load.clients import Clients
+from load.exactness import Undisturbed, Verdict, spot_checks
+from load.faults import kill_under_load
+from load.figures import bench_figures
+from load.memory import Samples, fit
+from load.report import plot, progress, table
+from load.server import extension_metrics, running_server
+from load.watch import SERIES, leftovers, observe, wait_until_idle
+from load.workload import Workload
+from provenance import provenance
+
+QUICK: dict[str, Any] = {
+    "concurrency": 32,
+    "kv_blocks": 190,
+    "output_tokens": 10_000,
+    "spot_checks": 10,
+    "longest_prompt": 4.0,
+    "longest_output": 2.5,
+    "fault_streams": 8,
+    "eager": True,
+    "no_stock": True,
+}
+
+
+def main() -> None:
+    """Run and print."""
+    args = parse_arguments()
+    # As after Ctrl-C: the server that runs is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    result = run_load(args)
+    if not args.no_faults:
+        run_faults(args, result)
+    save(args, result)
+    print(table(result))
+    print(f"written: {args.output_dir}/load.json, {args.output_dir}/load.png")
+    sys.exit(bool(result["failed_checks"]))
+
+
+def server_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of every server."""
+    flags = [
+        *("--max-num-seqs", args.concurrency, "--block-size", args.block_size),
+        *("--max-logprobs", -1, "--logprobs-mode", "processed_logprobs"),
+        "--disable-uvicorn-access-log",
+        *(["--enforce-eager"] if args.eager else []),
+    ]
+    return [str(flag) for flag in flags]
+
+
+def sink_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of a server with sink eviction, and with a pool that runs out."""
+    flags = ["--sink-eviction", "--max-model-len", args.max_model_len]
+    return [str(flag) for flag in (*flags, "--num-gpu-blocks-override", args.kv_blocks)]
+
+
+def run_load(args: argparse.Namespace) -> dict[str, Any]:
+    """Load one server, wait until it is idle, compare answers; the figures."""
+    checks = Checks()
+    samples, series = Samples(), {name: [] for name in SERIES}
+    flags = sink_flags(args) + server_flags(args)
+    workload = Workload(
+        args.seed,
+        args.max_model_len,
+        (0.125, args.longest_prompt),
+        (0.5, args.longest_output),
+    )
+    with running_server(args.model, flags, args.output_dir / "load.log") as server:
+        before = server.metrics()
+        with progress(args.output_tokens, "load", "tok") as bar:
+            clients = Clients(
+                server.url,
+                args.model,
+                workload,
+                catalogue(args.model),
+                args.output_tokens,
+                bar.update,
+            )
+            begin = time.perf_counter()
+            asyncio.run(observe(server, clients, args.concurrency, samples, series))
+            duration = time.perf_counter() - begin
+        seen = clients.seen
+        after, seconds = wait_until_idle(server)
+        comparisons = []
+        with progress(args.spot_checks, "spot checks", "answer") as bar:
+            undisturbed = Undisturbed(server.url, args.model)
+            checked = (undisturbed, seen.finished, args.spot_checks, args.seed)
+            for comparison in spot_checks(*checked):
+                comparisons.append(comparison)
+                bar.update()
+        died = server.process.poll() is not None
+        last, _ = wait_until_idle(server)
+    verdicts = Counter(comparison.verdict for comparison in comparisons)
+    for failure in seen.failures:
+        checks.fail("load", failure)
+    missing = {bad.name for bad in catalogue(args.model)} - seen.refusals.keys()
+    checks.require("bad requests", not missing, f"not sent: {sorted(missing)}")
+    checks.require("load", not died, "the server ended")
+    preemptions = after["vllm:num_preemptions_total"]
+    checks.require("preemption", preemptions > 0, "no stream was preempted")
+    for name, metrics in (("load", after), ("spot checks", last)):
+        for what, value in leftovers(metrics).items():
+            checks.fail("leak", f"after the {name}: {what} is {value}")
+    memory = judge_memory(samples, args.output_tokens, checks)
+    for comparison in comparisons:
+        if comparison.verdict is Verdict.DIFFERENT:
+            checks.fail("exactness", str(comparison))
+    queries = after["vllm:prefix_cache_queries_total"]
+    plot(samples, series, args.output_tokens // 2, args.output_dir / "load.png")
+    return {
+        **bench_figures(seen, duration),
+        "written_output_tokens": seen.written,
+        "generation_tokens": after["vllm:generation_tokens_total"],
+        "preemptions": preemptions,
+        "prefix_cache_hit_share": after["vllm:prefix_cache_hits_total"] / queries,
+        "seconds_until_idle": seconds,
+        "counts": dict(seen.counts),
+        "refusals": {name: dict(codes) for name, codes in seen.refusals.items()},
+        "memory": memory,
+        "spot_checks": {
+            "counts": {verdict.value: verdicts[verdict] for verdict in Verdict},
+            "tokens": sum(comparison.tokens for comparison in comparisons),
+            "comparisons": [
+                asdict(comparison) | {"verdict": comparison.verdict.value}
+                for comparison in comparisons
+            ],
+        },
+        "sink_paged_metrics": {
+            "start": extension_metrics(before),
+            "after_load": extension_metrics(after),
+            "end": extension_metrics(last),
+        },
+        "server_flags": flags,
+        "series": series | {"rss": samples.rss},
+        "faults": [],
+        "failed_checks": checks.failed,
+    }
+
+
+class Checks:
+    """Collects what has failed, with the reason."""
+
+    def __init__(self) -> None:
+        """Nothing has failed yet."""
+        self.failed: list[tuple[str, str]] = []
+
+    def fail(self, name: str, why: str) -> None:
+        """A check failed."""
+        self.failed.append((name, why))
+
+    def require(self, name: str, condition: bool, why: str) -> None:
+        """A check fails unless ``condition``."""
+        if not condition:
+            self.fail(name, why)
+
+
+def judge_memory(samples: Samples, output_tokens: int, checks: Checks) -> Any:
+    """Growth of every process but short-lived helpers, over the second half."""
+    growths = {}
+    for role in ("API server", "engine core", "worker"):
+        if role in samples.rss:
+            half = output_tokens // 2, output_tokens
+            growth = fit(samples.tokens, samples.rss[role], *half, arenas=1)
+            growths[role] = growth.to_json()
+            if growth.judged and not growth.ok:
+                checks.fail("memory", f"{role} grew: {growth}")
+    return growths
+
+
+def run_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Kill a worker and an engine core, of our server and of a stock one."""
+    longest = 1 << 17
+    stock = [
+        *("--hf-overrides", json.dumps({"max_position_embeddings": longest})),
+        *("--num-gpu-blocks-override", str(longest // args.block_size + 2)),
+    ]
+    engines = {"sink eviction": sink_flags(args)}
+    if not args.no_stock:
+        engines["stock vLLM"] = stock
+    statuses: dict[str, set[int | None]] = {}
+    cases = [(engine, role) for engine in engines for role in ("worker", "engine core")]
+    for engine, role in progress(cases, "faults", "server"):
+        # vLLM's own placement gives the worker a process.
+        own_process = {"VLLM_CPU_OMP_THREADS_BIND": "auto"} if role == "worker" else {}
+        log = args.output_dir / f"{engine} {role}.log".replace(" ", "-")
+        flags = engines[engine] + server_flags(args)
+        with running_server(args.model, flags, log, own_process) as server:
+            past = 2 * args.max_model_len
+            outcome = asyncio.run(
+                kill_under_load(server, role, args.fault_streams, past)
+            )
+        result["faults"].append({"engine": engine} | outcome.to_json())
+        statuses.setdefault(role, set()).add(outcome.exit_status)
+        result["failed_checks"] += [
+            (f"{role} killed, {engine}", problem) for problem in outcome.problems()
+        ]
+    for role, found in statuses.items():
+        if len(found) > 1:
+            why = f"exit status {found}"
+            result["failed_checks"].append((f"{role} killed, as stock vLLM", why))
+
+
+def save(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write ``load.json``."""
+    document = {"provenance": provenance()} | result
+    path = args.output_dir / "load.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; ``--quick`` changes defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="models/pocket", help="a folder or name of a checkpoint")
+    add("--concurrency", type=int, default=64, help="clients at once")
+    add("--output-tokens", type=int, default=500_000, help="to be written under load")
+    add("--max-model-len", type=int, default=256, help="tokens a stream keeps")
+    add("--block-size", type=int, default=32)
+    add("--kv-blocks", type=int, default=380, help="of the pool, too few for all")
+    add("--longest-prompt", type=float, default=8.0, metavar="WINDOWS")
+    add("--longest-output", type=float, default=10.0, metavar="WINDOWS")
+    add("--spot-checks", type=int, default=100, help="answers compared")
+    add("--fault-streams", type=int, default=32, help="that write at a kill")
+    add("--seed", type=int, default=0, help="of the workload")
+    add("--eager", action="store_true", help="without torch.compile")
+    add("--no-faults", action="store_true", help="kill nothing")
+    add("--no-stock", action="store_true", help="kill nothing of stock vLLM")
+    add("--quick", action="store_true", help="a few minutes on two cores, eager")
+    add("--output-dir", type=Path, default=Path("bench_out"))
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``scripts/load_test.py``: its judgements, its requests, and a short run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from load import exactness  # noqa: E402
+from load.bad_requests import catalogue, is_refusal  # noqa: E402
+from load.clients import Answer  # noqa: E402
+from load.exactness import Verdict, judge  # noqa: E402
+from load.faults import Outcome, first_naming_line  # noqa: E402
+from load.memory import LEAST_TOKENS, fit  # noqa: E402
+from load.server import extension_metrics, read_metrics  # noqa: E402
+from load.watch import leftovers  # noqa: E402
+from load.workload import Workload, request_body, source_text  # noqa: E402
+
+MIB = 1 << 20
+
+
+def memory(bytes_per_token: float, jitter: float) -> tuple[list[int], list[int]]:
+    """Samples of a process, a thousand tokens apart, that grew by 9 MiB before."""
+    rng = random.Random(0)
+    tokens = list(range(0, 500_001, 1000))
+    rss = [
+        700 * MIB
+        + min(count, 200_000) * 9 * MIB // 200_000
+        + int(bytes_per_token * max(0, count - 200_000) + rng.gauss(0, jitter))
+        for count in tokens
+    ]
+    return tokens, rss
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.05 * MIB])
+@pytest.mark.parametrize(
+    ("bytes_per_token", "ok"), [(0.0, True), (-20.0, True), (1.0, True), (8.0, False)]
+)
+def test_growth_of_a_list_entry_a_token_is_seen(
+    bytes_per_token: float, jitter: float, ok: bool
+) -> None:
+    growth = fit(*memory(bytes_per_token, jitter), 250_000, 500_000, arenas=1)
+    assert growth.tokens == 250_000
+    assert growth.judged
+    assert growth.ok is ok
+    assert abs(growth.bytes_per_token - bytes_per_token) < 0.2
+
+
+def test_growth_is_judged_against_the_noise() -> None:
+    growth = fit(*memory(8.0, 3 * MIB), 250_000, 500_000, arenas=1)
+    assert growth.noise == growth.spread > 11 * MIB
+    assert growth.ok
+
+
+def test_growth_over_few_tokens_is_not_judged() -> None:
+    tokens, rss = memory(8.0, 0)
+    assert not fit(tokens, rss, 0, LEAST_TOKENS - 1, arenas=1).judged
+    with pytest.raises(ValueError, match="too few samples"):
+        fit(tokens, rss, 0, 1000, arenas=1)
+
+
+def test_verdicts() -> None:
+    tokens = [5, 6, 7, 8]
+    asked: list[int] = []
+
+    def near_tie(index: int) -> bool:
+        asked.append(index)
+        return index == 2
+
+    assert judge(tokens, tokens, near_tie) == (Verdict.EQUAL, None)
+    assert judge(tokens, [5, 6, 9, 9], near_tie) == (Verdict.NEAR_TIE, 2)
+    assert judge(tokens, [5, 1, 7, 8], near_tie) == (Verdict.DIFFERENT, 1)
+    assert asked == [2, 1]
+    assert judge(tokens, tokens[:2], near_tie) == (Verdict.DIFFERENT, 2)
+
+
+class Scripted(exactness.Undisturbed):
+    """An undisturbed server that writes 1, 2, 3 and puts ``gap`` before token 4."""
+
+    def __init__(self, gap: float) -> None:
+        self.gap = gap
+
+    def run(self, answer: Answer, max_tokens: int, logprobs: int | None) -> Any:
+        tokens = [1, 2, 3][:max_tokens]
+        scores = [-9.0, -9.0, -9.0, -9.0, -9.0]
+        scores[tokens[-1]], scores[4] = -0.5, -0.5 - self.gap
+        named = {f"token_id:{token}": score for token, score in enumerate(scores)}
+        return {"token_ids": tokens, "logprobs": {"top_logprobs": [named]}}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gap", "verdict"),
+    [
+        ([1, 2, 3], 1.0, Verdict.EQUAL),
+        ([1, 4, 4], 1e-4, Verdict.NEAR_TIE),
+        ([1, 4, 4], 1e-2, Verdict.DIFFERENT),
+        ([1, 0, 3], 1e-4, Verdict.DIFFERENT),
+    ],
+)
+def test_greedy_answers_may_differ_from_a_near_tie_on(
+    tokens: list[int], gap: float, verdict: Verdict
+) -> None:
+    answer = Answer(0, {"temperature": 0.0}, tokens=tokens)
+    assert Scripted(gap).compare(answer).verdict is verdict
+
+
+def test_seeded_draws_are_judged_with_their_random_numbers() -> None:
+    """A token is a near tie only where a small rise makes the sampler choose it."""
+    logprobs = [-1.0, -1.2, -1.4, -1.6]
+    seed, step = 7, 5
+    chosen = exactness.draw(logprobs, seed, step)
+    assert chosen == exactness.draw(logprobs, seed, step)
+    assert {exactness.draw(logprobs, seed, s) for s in range(40)} == {0, 1, 2, 3}
+    other = (chosen + 1) % 4
+    # Raise the other token until it all but wins.
+    low, high = 0.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        raised = [x + middle * (i == other) for i, x in enumerate(logprobs)]
+        wins = exactness.draw(raised, seed, step) == other
+        low, high = (low, middle) if wins else (middle, high)
+    for rise, expected in ((low - 1e-3, True), (low - 1e-2, False)):
+        raised = [x + rise * (i == other) for i, x in enumerate(logprobs)]
+        near = exactness.seeded_near_tie(raised, seed, step, chosen, other)
+        assert near is expected
+    with pytest.raises(RuntimeError, match="draws another token"):
+        exactness.seeded_near_tie(logprobs, seed, step, other, chosen)
+
+
+def test_bad_requests_differ_and_are_bad_in_one_thing() -> None:
+    bad = catalogue("m")
+    assert len({one.name for one in bad}) == len(bad) > 40
+    assert len({(one.path, one.body) for one in bad}) == len(bad)
+    good = {"model": "m", "prompt": "x = 1\n", "max_tokens": 3}
+    for one in bad:
+        try:
+            body = json.loads(one.body)
+        except ValueError:
+            continue
+        if one.path == "/v1/completions" and isinstance(body, dict):
+            changed = [key for key in body if body[key] != good.get(key, body)]
+            assert len(changed) == 1, one.name
+    assert [is_refusal(status) for status in (200, 400, 404, 422, 500)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_workload_repeats_and_has_all_kinds() -> None:
+    workload = Workload(0, 256)
+    sessions = [workload.session(number) for number in range(400)]
+    assert sessions == [Workload(0, 256).session(number) for number in range(400)]
+    assert sessions[3] != Workload(1, 256).session(3)
+    turns = [turn for session in sessions for turn in session.turns]
+    assert any(session.chat and len(session.turns) > 2 for session in sessions)
+    assert max(len(turn.text) for turn in turns) > 7 * 256
+    assert max(turn.params["max_tokens"] for turn in turns) > 9 * 256
+    leaves = [turn.disconnect for turn in turns if turn.disconnect]
+    assert any(leave.after_seconds is not None for leave in leaves)
+    assert any(leave.after_tokens is not None for leave in leaves)
+    for turn in turns:
+        left = turn.disconnect and turn.disconnect.after_tokens
+        assert not left or 0 < left < turn.params["max_tokens"]
+        assert turn.text in source_text()
+    kinds = Counter(key for turn in turns for key in turn.params)
+    assert min(kinds.values()) > 20
+    assert {"seed", "repetition_penalty", "logprobs"} <= kinds.keys()
+
+
+def test_conversations_ask_for_logprobs_as_chats_do() -> None:
+    workload = Workload(0, 256)
+    for session in map(workload.session, range(300)):
+        if session.chat and "logprobs" in session.turns[0].params:
+            messages = [{"role": "user", "content": "a"}]
+            path, body = request_body("m", session, messages, session.turns[0])
+            assert path == "/v1/chat/completions"
+            assert body["logprobs"] is True
+            assert body["top_logprobs"] == 2
+            assert body["messages"] == messages
+            return
+    pytest.fail("no such conversation")
+
+
+EXPOSITION = """
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0"} 1.0
+vllm:num_requests_running{engine="1"} 2.0
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0"} 0.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0"} 0.25
+# TYPE vllm:sink_paged_blocks_pinned gauge
+vllm:sink_paged_blocks_pinned{engine="0"} 4.0
+# TYPE vllm:sink_paged_blocks_evicted counter
+vllm:sink_paged_blocks_evicted_total{engine="0"} 9.0
+# TYPE python_gc_objects_collected counter
+python_gc_objects_collected_total{generation="0"} 5.0
+"""
+
+
+def test_leftovers_are_gauges_that_are_not_zero() -> None:
+    metrics = read_metrics(EXPOSITION)
+    assert metrics["vllm:num_requests_running"] == 3
+    assert "python_gc_objects_collected_total" not in metrics
+    assert extension_metrics(metrics).keys() == {
+        "vllm:sink_paged_blocks_pinned",
+        "vllm:sink_paged_blocks_evicted_total",
+    }
+    assert leftovers(metrics) == {
+        "vllm:num_requests_running": 3,
+        "vllm:kv_cache_usage_perc": 0.25,
+        "vllm:sink_paged_blocks_pinned": 4,
+    }
+
+
+def test_a_server_that_does_not_fail_loudly_has_problems() -> None:
+    loud: dict[str, Any] = {
+        "killed": "worker",
+        "streams": 8,
+        "client_errors": {"error": 9},
+        "answered": 0,
+        "hanging": 0,
+        "seconds_to_last_error": 1.0,
+        "seconds_to_exit": 4.0,
+        "exit_status": 1,
+        "survivors": [],
+        "logged": "ERROR Worker proc died unexpectedly",
+    }
+    assert not Outcome(**loud).problems()
+    quiet: dict[str, Any] = {
+        "answered": 1,
+        "hanging": 1,
+        "exit_status": None,
+        "survivors": ["12 VLLM::EngineCore"],
+        "logged": None,
+    }
+    for name, value in quiet.items():
+        assert len(Outcome(**loud | {name: value}).problems()) == 1, name
+    log = "INFO died unexpectedly\n(EngineCore) ERROR Worker proc X died unexpectedly\n"
+    assert first_naming_line(log) == log.splitlines()[1]
+    assert first_naming_line("INFO all is well\n") is None
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path: Path) -> None:
+    """The script from end to end: every check but memory's, judged, and passed."""
+    command = [sys.executable, SCRIPTS / "load_test.py", "--quick"]
+    kept = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    done = subprocess.run(
+        [*command, "--output-dir", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=SCRIPTS.parent,
+        env={name: value for name, value in os.environ.items() if name not in kept},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert result["failed_checks"] == []
+    assert result["provenance"]["argv"][0] == "--quick"
+    assert result["written_output_tokens"] >= 10_000
+    assert result["completed"] > 20
+    assert result["failed"] == 0
+    assert result["preemptions"] > 0
+    assert result["total_output_tokens"] == result["output_throughput"] * pytest.approx(
+        result["duration"]
+    )
+    refused = {int(code) for codes in result["refusals"].values() for code in codes}
+    assert refused <= {400, 404, 405, 422}
+    assert result["refusals"].keys() == {bad.name for bad in catalogue("m")}
+    assert result["counts"]["retries"] > 0
+    assert result["spot_checks"]["counts"]["different"] == 0
+    assert sum(result["spot_checks"]["counts"].values()) == 10
+    assert {growth["judged"] for growth in result["memory"].values()} == {False}
+    assert [fault["killed"] for fault in result["faults"]] == ["worker", "engine core"]
+    for fault in result["faults"]:
+        assert sum(fault["client_errors"].values()) == fault["streams"] + 1
+    assert (tmp_path / "load.png").stat().st_size > 10_000
