@@ -50,7 +50,7 @@ from load.clients import Clients
 from load.exactness import Undisturbed, Verdict, spot_checks
 from load.faults import kill_under_load
 from load.figures import bench_figures
-from load.memory import Samples, fit
+from load.memory import LASTING, Samples, fit
 from load.report import plot, progress, table
 from load.server import extension_metrics, running_server
 from load.watch import SERIES, leftovers, observe, wait_until_idle
@@ -77,6 +77,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     result = run_load(args)
+    save(args, result)
     if not args.no_faults:
         run_faults(args, result)
     save(args, result)
@@ -91,7 +92,6 @@ def server_flags(args: argparse.Namespace) -> list[str]:
         *("--max-num-seqs", args.concurrency, "--block-size", args.block_size),
         *("--max-logprobs", -1, "--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",
-        *(["--enforce-eager"] if args.eager else []),
     ]
     return [str(flag) for flag in flags]
 
@@ -107,6 +107,7 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
     checks = Checks()
     samples, series = Samples(), {name: [] for name in SERIES}
     flags = sink_flags(args) + server_flags(args)
+    flags += ["--enforce-eager"] if args.eager else []
     workload = Workload(
         args.seed,
         args.max_model_len,
@@ -205,7 +206,7 @@ class Checks:
 def judge_memory(samples: Samples, output_tokens: int, checks: Checks) -> Any:
     """Growth of every process but short-lived helpers, over the second half."""
     growths = {}
-    for role in ("API server", "engine core", "worker"):
+    for role in LASTING:
         if role in samples.rss:
             half = output_tokens // 2, output_tokens
             growth = fit(samples.tokens, samples.rss[role], *half, arenas=1)
@@ -231,7 +232,7 @@ def run_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:
         # vLLM's own placement gives the worker a process.
         own_process = {"VLLM_CPU_OMP_THREADS_BIND": "auto"} if role == "worker" else {}
         log = args.output_dir / f"{engine} {role}.log".replace(" ", "-")
-        flags = engines[engine] + server_flags(args)
+        flags = [*engines[engine], *server_flags(args), "--enforce-eager"]
         with running_server(args.model, flags, log, own_process) as server:
             past = 2 * args.max_model_len
             outcome = asyncio.run(

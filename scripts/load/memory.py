@@ -22,6 +22,8 @@ import psutil
 
 from load.server import Server
 
+LASTING = ("API server", "engine core", "worker")
+"""Roles of the processes that are there from start to end."""
 ARENA_BYTES = 1 << 20
 """Of CPython 3.10 and later."""
 LEAST_TOKENS = 100_000

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from load.memory import Samples
+from load.memory import LASTING, Samples
 
 
 def table(result: dict[str, Any]) -> str:
@@ -80,10 +80,11 @@ def plot(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
-    for role, resident in samples.rss.items():
-        first = next((value for value in resident if value), 0)
-        grown = [(value - first) / 2**20 for value in resident]
-        axes[0].plot(samples.tokens, grown, label=role)
+    for role in LASTING:
+        if role in samples.rss:
+            resident = samples.rss[role]
+            grown = [(value - resident[0]) / 2**20 for value in resident]
+            axes[0].plot(samples.tokens, grown, label=role)
     axes[0].axvline(half, color="0.7", linestyle=":")
     axes[0].set_title("resident memory since the start, MiB", fontsize=9)
     axes[0].legend(fontsize=8)
