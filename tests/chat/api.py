@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import openai
 
 BASE, ADAPTER = "pocket", "adapter"
-WINDOW = 128
+WINDOW = 64
 """The server's ``--max-model-len``: the most tokens that are resident."""
 BLOCK = 16
 TEXT = Path(tarfile.__file__).read_text(encoding="ascii", errors="ignore")
 """Nothing that the model was trained on."""
-PROMPT = TEXT[: 8 * WINDOW]
+PROMPT = TEXT[: 16 * WINDOW]
 Message = dict[str, Any]
 
 _salts = map(str, itertools.count())
@@ -62,17 +62,35 @@ def chat(
     )
 
 
+def complete(
+    client: openai.OpenAI, prompt: str | list[int] = PROMPT, **options: Any
+) -> Any:
+    """What ``/v1/completions`` makes of it; greedy and endless unless said."""
+    own = (
+        "model",
+        "max_tokens",
+        "temperature",
+        "seed",
+        "n",
+        "stop",
+        "stream",
+        "logprobs",
+    )
+    own += ("stream_options", "echo", "frequency_penalty", "presence_penalty")
+    extra = {name: options.pop(name) for name in set(options) - set(own)}
+    return client.completions.create(
+        prompt=prompt,
+        extra_body={"ignore_eos": True, **extra},
+        **{"model": BASE, "temperature": 0, **options},
+    )
+
+
 def completion(
     client: openai.OpenAI, messages: list[Message], max_tokens: int, **extra: Any
 ) -> Answer:
     """A greedy answer by ``/v1/completions``, the conversation written out."""
-    response = client.completions.create(
-        model=BASE,
-        prompt="".join(f"{message['content']}\n" for message in messages),
-        max_tokens=max_tokens,
-        temperature=0,
-        extra_body={"ignore_eos": True, **extra},
-    )
+    prompt = "".join(f"{message['content']}\n" for message in messages)
+    response = complete(client, prompt, max_tokens=max_tokens, **extra)
     usage: Any = response.usage
     return Answer(
         response.choices[0].text,

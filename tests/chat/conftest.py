@@ -19,6 +19,8 @@ FLAGS = (
     "--enable-auto-tool-choice --tool-call-parser hermes "
     "--reasoning-parser deepseek_v3 "
     "--structured-outputs-config.enable_in_reasoning True "
+    "--structured-outputs-config.backend xgrammar "
+    "--structured-outputs-config.disable_any_whitespace True "
     "--enable-scale-out --enable-lora --max-lora-rank 8"
 )
 

@@ -15,6 +15,7 @@ from tests.servers import MODEL
 
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 """Tokens of vLLM's reasoning and tool parsers; the model has rows for them."""
+MARKUP_IDS = range(259, 259 + len(MARKUP))
 RANK, SCALE = 4, 2.0
 WEIGHTS = "model.safetensors"
 
@@ -25,10 +26,10 @@ def make_chat_model(folder: Path) -> Path:
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     known = tokenizer["added_tokens"]
-    first = 1 + max(token["id"] for token in known)
+    assert MARKUP_IDS[0] == 1 + max(token["id"] for token in known)
     known += [
-        {**known[0], "id": first + i, "content": text, "special": False}
-        for i, text in enumerate(MARKUP)
+        {**known[0], "id": token, "content": text, "special": False}
+        for token, text in zip(MARKUP_IDS, MARKUP, strict=True)
     ]
     file.write_text(json.dumps(tokenizer))
     return folder

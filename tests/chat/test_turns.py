@@ -6,11 +6,21 @@ from __future__ import annotations
 import openai
 import pytest
 
-from tests.chat.api import APIS, BLOCK, TEXT, WINDOW, Answer, Ask, Message, no_hits, user
+from tests.chat.api import (
+    APIS,
+    BLOCK,
+    TEXT,
+    WINDOW,
+    Answer,
+    Ask,
+    Message,
+    no_hits,
+    user,
+)
 
 ANSWER_TOKENS = 24
 QUESTION = 100
-TURNS = 22
+TURNS = 14
 
 
 def check_hit(answer: Answer, before: Answer | None) -> None:

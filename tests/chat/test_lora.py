@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters past the window, against the model with the adapter merged into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from tests.chat.api import ADAPTER, BASE, BLOCK, PROMPT, WINDOW, complete, no_hits
+from tests.chat.models import merge_adapter
+from tests.engines import engine, generate, greedy, prompt_losses, worst
+
+SINKS = (4, WINDOW - 5)
+"""What the server's flags come to."""
+
+
+def losses(answer: Any) -> list[float]:
+    """Of a prompt's tokens from the second on, as the server reports them."""
+    entries, ids = answer.prompt_logprobs, answer.prompt_token_ids
+    pairs = zip(entries[1:], ids[1:], strict=True)
+    return [-entry[str(token)]["logprob"] for entry, token in pairs]
+
+
+def test_an_adapter_is_its_merged_model(
+    client: openai.OpenAI, adapter: Path, tmp_path: Path
+) -> None:
+    options = {"max_tokens": 2 * WINDOW, "return_token_ids": True, "prompt_logprobs": 0}
+    served = {
+        name: complete(client, model=name, **options).choices[0]
+        for name in (BASE, ADAPTER)
+    }
+    ids = served[ADAPTER].prompt_token_ids
+    with engine(
+        merge_adapter(adapter, tmp_path / "merged"), SINKS, block_size=BLOCK
+    ) as llm:
+        merged = generate(llm, [ids], greedy(2 * WINDOW, prompt_logprobs=0))[0]
+    expected = prompt_losses(merged)
+    assert worst(losses(served[ADAPTER]), expected) < 1e-3
+    assert worst(losses(served[BASE]), expected) > 1
+    assert served[ADAPTER].token_ids == list(merged.outputs[0].token_ids)
+    assert served[BASE].token_ids != served[ADAPTER].token_ids
+
+
+def test_cached_blocks_are_those_of_one_adapter(client: openai.OpenAI) -> None:
+    """One asks behind the other; each finds its own text, and answers as if alone."""
+    salt = no_hits()
+    found = {BASE: 0, ADAPTER: 0}
+    for text in (PROMPT, PROMPT + "x = 1\n"):
+        for name in found:
+            answer = complete(client, text, model=name, max_tokens=WINDOW, **salt)
+            anew = complete(client, text, model=name, max_tokens=WINDOW, **no_hits())
+            cached = answer.usage.prompt_tokens_details.cached_tokens
+            assert found[name] <= cached <= found[name] + BLOCK
+            assert answer.choices[0].text == anew.choices[0].text
+            found[name] = len(PROMPT) // BLOCK * BLOCK
