@@ -68,6 +68,16 @@ class EngineHooks:
 
             prepend(request, stream.sink_token_id)
 
+    def update_beam_search(self, vllm_config: Any, prompt: Any, params: Any) -> None:
+        """Cap a beam search that names no ``max_tokens``, as any other request.
+
+        vLLM searches in the front end, and asks the engine for a token at a time.
+        """
+        stream = StreamConfig.load(vllm_config.additional_config)
+        if stream is not None:
+            prompt_tokens = len(prompt.get("prompt_token_ids", ()))
+            self._set_default(vllm_config, stream, prompt_tokens, params)
+
     def update_front_end(self, engine: Any) -> None:
         """Give a streaming engine's front end its output processor and its metrics.
 
@@ -99,16 +109,23 @@ class EngineHooks:
         prompt_tokens = len(request.prompt_token_ids)
         vocab_size = vllm_config.model_config.get_vocab_size()
         check_prompt_fits(prompt_tokens, sampling, vocab_size)
-        if sampling.max_tokens < vllm_config.model_config.max_model_len - prompt_tokens:
-            return
-        sampling.max_tokens = stream.default_max_tokens(prompt_tokens)
-        if sampling.min_tokens > sampling.max_tokens:
+        named = self._set_default(vllm_config, stream, prompt_tokens, sampling)
+        if not named and sampling.min_tokens > sampling.max_tokens:
             raise VLLMValidationError(
                 f"min_tokens={sampling.min_tokens} is above {sampling.max_tokens}, the "
                 "most that a request gets which names no max_tokens",
                 parameter="min_tokens",
                 value=sampling.min_tokens,
             )
+
+    def _set_default(
+        self, vllm_config: Any, stream: StreamConfig, prompt_tokens: int, params: Any
+    ) -> bool:
+        """Give ``max_tokens`` its default; whether the request named one."""
+        if params.max_tokens < vllm_config.model_config.max_model_len - prompt_tokens:
+            return True
+        params.max_tokens = stream.default_max_tokens(prompt_tokens)
+        return False
 
     def _check_runner_v2(self, vllm_config: Any, request: Any) -> None:
         from vllm.exceptions import VLLMValidationError

@@ -47,6 +47,19 @@ def _process_inputs(
     return request
 
 
+def _beam_search(
+    original: Callable[..., Any],
+    self: Any,
+    prompt: Any,
+    request_id: str,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    HOOKS.update_beam_search(self.engine_client.vllm_config, prompt, params)
+    return original(self, prompt, request_id, params, *args, **kwargs)
+
+
 def _engine_init(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -141,6 +154,15 @@ ALL = (
         wrapper=_process_inputs,
         why="a plugin cannot see requests: the default of max_tokens is the longest "
         "text, here without an end, and a sink token goes before the prompt",
+        upstream=ENGINE_HOOKS,
+    ),
+    Patch(
+        target="vllm.entrypoints.generate.beam_search.online"
+        ":BeamSearchOnlineMixin.beam_search",
+        parameters=("self", "prompt", "request_id", "params"),
+        wrapper=_beam_search,
+        why="a plugin cannot see beam searches: the default of max_tokens is the "
+        "longest text, here without an end",
         upstream=ENGINE_HOOKS,
     ),
     Patch(

@@ -43,7 +43,7 @@ def user(text: str) -> list[Message]:
 
 
 def chat(
-    client: openai.OpenAI, messages: list[Message], max_tokens: int, **extra: Any
+    client: openai.OpenAI, messages: list[Message], max_tokens: int | None, **extra: Any
 ) -> Answer:
     """A greedy answer by ``/v1/chat/completions``."""
     response = client.chat.completions.create(
@@ -86,7 +86,7 @@ def complete(
 
 
 def completion(
-    client: openai.OpenAI, messages: list[Message], max_tokens: int, **extra: Any
+    client: openai.OpenAI, messages: list[Message], max_tokens: int | None, **extra: Any
 ) -> Answer:
     """A greedy answer by ``/v1/completions``, the conversation written out."""
     prompt = "".join(f"{message['content']}\n" for message in messages)
@@ -101,7 +101,7 @@ def completion(
 
 
 def response(
-    client: openai.OpenAI, messages: list[Message], max_tokens: int, **extra: Any
+    client: openai.OpenAI, messages: list[Message], max_tokens: int | None, **extra: Any
 ) -> Answer:
     """A greedy answer by ``/v1/responses``."""
     response = client.responses.create(

@@ -113,7 +113,8 @@ def test_no_request_is_endless(server: str, client: openai.OpenAI, length: int) 
     responses = APIS["response"](client, user(text), None)
     left = WINDOW - responses.prompt_tokens
     assert responses.completion_tokens == (left if left > 0 else WINDOW - 1)
-    batch = post(
-        server, "/v1/chat/completions/batch", messages=[user(text)], ignore_eos=True
-    )
+    path, options = "/v1/chat/completions", {"ignore_eos": True, "temperature": 0}
+    batch = post(server, f"{path}/batch", messages=[user(text)], **options)
     assert batch["usage"]["completion_tokens"] == chats.completion_tokens
+    beams = post(server, path, messages=user(text), use_beam_search=True, **options)
+    assert beams["usage"]["completion_tokens"] == chats.completion_tokens
