@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 64
 ROW_GROUP_BYTES = 16 << 20
-INT64 = range(-(2**63), 2**63)
 
 
 def is_parquet(path: Path) -> bool:
@@ -135,7 +134,7 @@ def _schema(records: Path) -> pyarrow.Schema:
         for raw in lines:
             record = json.loads(raw)
             token_ids = token_ids or "token_ids" in record
-            wide = wide or record["id"] not in INT64
+            wide = wide or not _is_int64(record["id"])
     counts = ("prompt_tokens", "completion_tokens", "cached_tokens")
     return pyarrow.schema(
         [
@@ -148,6 +147,10 @@ def _schema(records: Path) -> pyarrow.Schema:
             ("error", pyarrow.string()),
         ]
     )
+
+
+def _is_int64(value: Any) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _clean(value: Any) -> Any:
