@@ -127,7 +127,7 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     from sink_paged.config import StreamConfig
-    from sink_paged.kv_cache import StreamBound
+    from sink_paged.kv_cache import StreamBound, block_bytes, group_spec
     from sink_paged.platforms import find_platform
 
     # The server's defaults depend on the context.
@@ -159,10 +159,10 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     specs = _specs(config, stream.window)
     groups = get_kv_cache_groups(config, specs)
     for group in groups if len(groups) > 1 else ():
-        window = group.kv_cache_spec.blocks.window
+        window = group_spec(group).blocks.window
         yield "", f"{window} in a group of {len(group.layer_names)} layers"
     bound = StreamBound.of(groups, config)
-    size = groups[0].kv_cache_spec.block_size
+    size = group_spec(groups[0]).block_size
     yield "a stream", f"holds at most {bound.blocks} blocks of {size} tokens,"
     yield "", f"{bound.decoding_blocks} while it only decodes"
     memory, source = _kv_memory(config)
@@ -171,9 +171,7 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         return
     yield "KV cache", f"{memory / MIB:.0f} MiB on each worker ({source})"
     bound.check_fits(memory, config)
-    # A block has room for the layers of any group; one is vLLM's null block.
-    layers = max(len(group.layer_names) for group in groups)
-    pool = memory // groups[0].kv_cache_spec.page_size_bytes // layers - 1
+    pool = memory // block_bytes(groups) - 1  # one is vLLM's null block
     fit, rows = pool // bound.decoding_blocks, config.scheduler_config.max_num_seqs
     which = "the pool" if fit < rows else "--max-num-seqs"
     yield "capacity", f"{min(fit, rows)} streams that decode at once, by {which}"
@@ -181,27 +179,37 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 
 def _specs(config: Any, stream: SinkWindow) -> dict[str, Any]:
-    """The caches of the model's layers, as far as its config tells them."""
+    """The caches of the layers, a draft model's too, as far as configs tell them."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from sink_paged.kv_cache import SinkWindowSpec
 
-    model, cache = config.model_config, config.cache_config
-    layers = model.get_num_layers(config.parallel_config)
-    text = model.hf_text_config
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    layout = FullAttentionSpec(
-        block_size=cache.block_size,
-        num_kv_heads=model.get_num_kv_heads(config.parallel_config),
-        head_size=model.get_head_size(),
-        dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
-    )
+    cache, speculative = config.cache_config, config.speculative_config
+    models = {"layers": (config.model_config, config.parallel_config)}
+    if speculative is not None and speculative.uses_draft_model():
+        models["draft_model"] = (
+            speculative.draft_model_config,
+            speculative.draft_parallel_config,
+        )
     specs = {}
-    for layer, kind in enumerate(kinds):
-        own = text.sliding_window if kind == "sliding_attention" else None
-        window = layer_window(stream, own, cache.sliding_window)
-        specs[f"layers.{layer}"] = SinkWindowSpec.from_attention(layout, window)
+    for prefix, (model, parallel) in models.items():
+        text = model.hf_text_config
+        layers = model.get_num_layers(parallel)
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
+        layout = FullAttentionSpec(
+            block_size=cache.block_size,
+            num_kv_heads=model.get_num_kv_heads(parallel),
+            head_size=model.get_head_size(),
+            dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
+        )
+        for layer, kind in enumerate(kinds):
+            own = text.sliding_window if kind == "sliding_attention" else None
+            specs[f"{prefix}.{layer}"] = SinkWindowSpec.from_attention(
+                layout,
+                layer_window(stream, own, cache.sliding_window),
+                config.num_lookahead_tokens,
+            )
     return specs
 
 

@@ -23,6 +23,8 @@ from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
 from sink_paged.platforms import Platform, find_platform
 
 TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+"""Legal values of ``method`` in ``--speculative-config``."""
 UNTESTED_VARIABLE = "SINK_PAGED_ALLOW_UNTESTED_VLLM"
 """Set to 1 in the environment, any vLLM is tried."""
 
@@ -93,6 +95,8 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
         # Prompts have no end here: one must not take all steps from the others.
         scheduler.long_prefill_token_threshold = scheduler.max_num_batched_tokens // 4
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    if vllm_config.speculative_config is not None:
+        vllm_config.speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
     vllm_config.parallel_config.worker_cls = platform.worker
 
 
@@ -124,7 +128,6 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
             _rope_type(text_config) == "dynamic"
         ),
         "--enable-prompt-embeds": model.enable_prompt_embeds,
-        "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--decode-context-parallel-size and --prefill-context-parallel-size above 1": (
@@ -155,7 +158,39 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
     for setting, applies in refused.items():
         if applies:
             raise UnsupportedSettingError(f"sink eviction does not support {setting}")
+    _check_speculation(vllm_config)
     _check_runner_v2(vllm_config)
+
+
+def _check_speculation(vllm_config: VllmConfig) -> None:
+    """Refuse drafters that have not been taught what a stream keeps."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    draft = speculative.draft_model_config
+    resident = vllm_config.model_config.max_model_len
+    drafts = speculative.method == "draft_model"
+    refused = {
+        f'method "{speculative.method}" (but {" and ".join(SPECULATIVE_METHODS)})': (
+            speculative.method not in SPECULATIVE_METHODS
+        ),
+        "async scheduling: give --no-async-scheduling": (
+            vllm_config.scheduler_config.async_scheduling
+        ),
+        "model runner V2: VLLM_USE_V2_MODEL_RUNNER=0 takes the other one": (
+            vllm_config.use_v2_model_runner
+        ),
+        "parallel_drafting": speculative.parallel_drafting,
+        "use_heterogeneous_vocab": drafts
+        and getattr(speculative, "use_heterogeneous_vocab", False),
+        f"a draft model of at most {draft and draft.max_model_len} tokens: set "
+        "--max-model-len to that": drafts and draft.max_model_len < resident,
+    }
+    for setting, applies in refused.items():
+        if applies:
+            raise UnsupportedSettingError(
+                "sink eviction does not support --speculative-config with " + setting
+            )
 
 
 def _check_runner_v2(vllm_config: VllmConfig) -> None:

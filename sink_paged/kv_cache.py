@@ -25,6 +25,8 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+    iter_layer_specs,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -41,12 +43,16 @@ class SinkWindowSpec(SlidingWindowSpec):
 
     Attributes:
         sink_tokens: ``S``.
+        lookahead_tokens: slots behind the tokens in flight, which a draft model fills.
     """
 
     sink_tokens: int
+    lookahead_tokens: int = 0
 
     @classmethod
-    def from_attention(cls, spec: AttentionSpec, window: SinkWindow) -> Self:
+    def from_attention(
+        cls, spec: AttentionSpec, window: SinkWindow, lookahead_tokens: int = 0
+    ) -> Self:
         """The same cache layout as ``spec``, kept by the policy ``window``."""
         layout = {
             field.name: getattr(spec, field.name) for field in fields(AttentionSpec)
@@ -55,6 +61,7 @@ class SinkWindowSpec(SlidingWindowSpec):
             **layout,
             sliding_window=window.window_tokens + 1,
             sink_tokens=window.sink_tokens,
+            lookahead_tokens=lookahead_tokens,
         )
 
     @property
@@ -67,11 +74,15 @@ class SinkWindowSpec(SlidingWindowSpec):
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         """The most blocks a stream holds, whatever its length."""
-        return self.blocks.max_blocks(max_in_flight_tokens)
+        return self.max_blocks(max_in_flight_tokens)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Columns of the worker's ring block table."""
-        return self.blocks.max_blocks(vllm_config.max_in_flight_tokens)
+        return self.max_blocks(vllm_config.max_in_flight_tokens)
+
+    def max_blocks(self, tokens_in_flight: int) -> int:
+        """The most blocks a stream holds with so many tokens in flight."""
+        return self.blocks.max_blocks(tokens_in_flight + self.lookahead_tokens)
 
     def is_uniform_with_collection(
         self, kv_cache_specs: dict[str, KVCacheSpec]
@@ -81,6 +92,23 @@ class SinkWindowSpec(SlidingWindowSpec):
             isinstance(spec, SinkWindowSpec) and spec.blocks == self.blocks
             for spec in kv_cache_specs.values()
         )
+
+
+def group_spec(group: KVCacheGroupSpec) -> SinkWindowSpec:
+    """The spec of a group's layers, or of one of them: they keep the same tokens."""
+    spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
+    assert isinstance(spec, SinkWindowSpec)
+    return spec
+
+
+def block_bytes(groups: Sequence[KVCacheGroupSpec]) -> int:
+    """Bytes of a KV block on a worker; it has room for the layers of any group."""
+    return max(
+        group.kv_cache_spec.page_size_bytes  # of all layers where they differ
+        if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
+        else len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+        for group in groups
+    )
 
 
 class StreamBound(NamedTuple):
@@ -99,14 +127,14 @@ class StreamBound(NamedTuple):
     @classmethod
     def of(cls, groups: Sequence[KVCacheGroupSpec], vllm_config: VllmConfig) -> Self:
         """The bound of a stream in layers that vLLM has grouped so."""
-        specs = [group.kv_cache_spec for group in groups]
+        specs = [group_spec(group) for group in groups]
         in_flight = vllm_config.max_in_flight_tokens
-        # A block has room for the layers of any group.
-        layers = max(len(group.layer_names) for group in groups)
+        decoding = 1 + vllm_config.num_speculative_tokens
+        blocks = sum(spec.max_blocks(in_flight) for spec in specs)
         return cls(
-            sum(spec.blocks.max_blocks(in_flight) for spec in specs),
-            sum(spec.blocks.max_blocks(1) for spec in specs),
-            layers * sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs),
+            blocks,
+            sum(spec.max_blocks(decoding) for spec in specs),
+            blocks * block_bytes(groups),
         )
 
     def check_fits(self, available: int, vllm_config: VllmConfig) -> None:

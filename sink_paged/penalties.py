@@ -12,28 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm._custom_ops import apply_repetition_penalties
-from vllm.v1.sample.metadata import SamplingMetadata
-
-from sink_paged.stream_state import OutputTokens
 
 
 def apply_penalties(
-    logits: Tensor, metadata: SamplingMetadata, output_token_ids: list[Any]
+    logits: Tensor, metadata: Any, output_token_ids: list[Any]
 ) -> Tensor:
     """Apply the penalties of a batch to its logits, in place.
 
     Args:
         logits: ``[num_requests, vocab_size]``.
-        metadata: the batch's factors, float32 ``[num_requests]`` each.
-        output_token_ids: ``OutputTokens`` of each request; those without counts have
-            no penalties.
+        metadata: vLLM's ``SamplingMetadata``: the batch's factors, float32
+            ``[num_requests]`` each.
+        output_token_ids: of each request, with counts (``OutputTokens.counts``) where
+            it has penalties.
     """
     if metadata.no_penalties:
         return logits
     counted = [
-        (row, tokens.counts)
+        (row, counts)
         for row, tokens in enumerate(output_token_ids[: logits.shape[0]])
-        if isinstance(tokens, OutputTokens) and tokens.counts is not None
+        if (counts := getattr(tokens, "counts", None)) is not None
     ]
     if not counted:
         return logits

@@ -7,6 +7,7 @@ by objects that answer the same questions from a bounded memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +40,13 @@ class TokenCounts:
         self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
         self.in_prompt[prompt] = True
         self.in_output: npt.NDArray[np.int32] = np.zeros(vocab_size, dtype=np.int32)
+
+    def with_output(self, ids: list[int]) -> TokenCounts:
+        """A copy that has counted the output tokens ``ids`` too."""
+        counts = copy.copy(self)
+        counts.in_output = self.in_output.copy()
+        np.add.at(counts.in_output, [token for token in ids if token >= 0], 1)
+        return counts
 
 
 class OutputTokens(list[int]):

@@ -17,7 +17,7 @@ from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from sink_paged.config import MAX_STREAM_TOKENS
-from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.kv_cache import group_spec
 from sink_paged.penalties import apply_penalties
 from sink_paged.stream_state import (
     BlockIds,
@@ -73,21 +73,20 @@ class RingBlockTable(BlockTable):
         self, num_reqs: int, query_start_loc: Tensor, positions: Tensor
     ) -> None:
         """Slots of the step's tokens: as stock, at the position of the ring column."""
+        super().compute_slot_mapping(num_reqs, query_start_loc, self.in_ring(positions))
+
+    def in_ring(self, positions: Tensor) -> Tensor:
+        """Where tokens stand in the ring's columns, for int64 text positions."""
         if positions.is_cuda:
             block = positions // self.block_size
             column = self.pinned + (block - self.pinned) % self.ring
             column = torch.where(block < self.pinned, block, column)
-            in_ring = column * self.block_size + positions % self.block_size
-        else:
-            in_ring = torch.empty_like(positions)
-            ring_positions(
-                positions.numpy(),
-                self.block_size,
-                self.pinned,
-                self.ring,
-                in_ring.numpy(),
-            )
-        super().compute_slot_mapping(num_reqs, query_start_loc, in_ring)
+            return column * self.block_size + positions % self.block_size
+        in_ring = torch.empty_like(positions)
+        ring_positions(
+            positions.numpy(), self.block_size, self.pinned, self.ring, in_ring.numpy()
+        )
+        return in_ring
 
 
 class StreamInputBatch(InputBatch):
@@ -198,6 +197,5 @@ def enable_streams(runner: GPUModelRunner) -> None:
     runner.sampler.apply_penalties = apply_penalties
     tables = runner.input_batch.block_table.block_tables
     for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-        spec = group.kv_cache_spec
-        assert isinstance(spec, SinkWindowSpec)
-        tables[index] = RingBlockTable.adopt(tables[index], spec.blocks)
+        policy = group_spec(group).blocks
+        tables[index] = RingBlockTable.adopt(tables[index], policy)

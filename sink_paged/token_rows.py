@@ -51,6 +51,7 @@ class TokenRows:
     Attributes:
         ids: int32 ``[num_rows, ROW_TOKENS]``, for gathering; zero where released.
         tensor: the same memory.
+        looks_back: tokens that stay live after they were read.
     """
 
     ROW_TOKENS = MAX_STREAM_TOKENS + 1  # a power of two: rows start on a page
@@ -79,6 +80,7 @@ class TokenRows:
             self._buffer, dtype=np.int32
         ).reshape(num_rows, self.ROW_TOKENS)
         self.tensor = torch.from_numpy(self.ids)
+        self.looks_back = 0
         self._first = np.zeros(num_rows, dtype=np.int64)
         self._end = np.zeros(num_rows, dtype=np.int64)
 
@@ -90,8 +92,31 @@ class TokenRows:
 
     def begin(self, row: int, first: int) -> None:
         """Give ``row`` to a stream that will be read from position ``first`` on."""
+        self._move_in(row, max(0, first - self.looks_back))
+
+    def _move_in(self, row: int, first: int) -> None:
         self.release(row, row + 1)
         self._first[row] = self._end[row] = first
+
+    def tails(
+        self, ends: npt.NDArray[np.int32], length: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The last tokens of the first rows.
+
+        Args:
+            ends: of each row, the tokens of its text.
+            length: tokens of a tail at most; no more than ``looks_back``.
+
+        Returns:
+            Token ids, int32 ``[len(ends), length]``, and how many of them a row has.
+        """
+        tails = np.zeros((len(ends), length), dtype=np.int32)
+        lengths = np.zeros(len(ends), dtype=np.int32)
+        for row, end in enumerate(ends):
+            start = max(int(self._first[row]), int(end) - length)
+            lengths[row] = end - start
+            tails[row, : lengths[row]] = self.ids[row, start:end]
+        return tails, lengths
 
     def __getitem__(self, key: tuple[int, slice]) -> LiveTokens:
         """The live part of a row, whatever the slice."""
@@ -109,7 +134,7 @@ class TokenRows:
         """
         row, span = key
         if isinstance(tokens, LiveTokens):
-            self.begin(row, tokens.first)
+            self._move_in(row, tokens.first)
             start, stop = tokens.first, tokens.first + len(tokens.ids)
             self.ids[row, start:stop] = tokens.ids
         else:
@@ -122,9 +147,9 @@ class TokenRows:
 
     def trim(self, num_read: npt.NDArray[np.int32]) -> None:
         """Release what the model has read: ``num_read[row]`` tokens of each row."""
-        behind = num_read - self._first[: len(num_read)]
+        behind = num_read - self.looks_back - self._first[: len(num_read)]
         for row in np.flatnonzero(behind >= TRIM_TOKENS):
-            first = int(num_read[row])
+            first = int(num_read[row]) - self.looks_back
             start = int(self._first[row]) * 4 // mmap.PAGESIZE * mmap.PAGESIZE
             stop = first * 4 // mmap.PAGESIZE * mmap.PAGESIZE
             self._first[row] = first

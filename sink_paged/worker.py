@@ -25,9 +25,10 @@ from vllm.v1.kv_cache_interface import (
 
 from sink_paged import probe, runner_v2, streams
 from sink_paged.config import StreamConfig
-from sink_paged.kv_cache import SinkWindowSpec, StreamBound
+from sink_paged.kv_cache import SinkWindowSpec, StreamBound, group_spec
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
+from sink_paged.speculation import enable_speculation
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Stock
@@ -76,14 +77,17 @@ def stream_specs(
                 f"sink eviction does not support layer {name}: its KV cache is a "
                 f"{type(spec).__name__}, not one of keys and values"
             )
-        specs[name] = SinkWindowSpec.from_attention(spec, layers[name].impl.window)
-    shapes = {(s.num_kv_heads, s.head_size): name for name, s in specs.items()}
-    if len(shapes) > 1:
-        raise UnsupportedLayerError(
-            "sink eviction does not support layers whose KV caches differ in heads or "
-            f"head size, as those of {' and '.join(shapes.values())} do"
+        specs[name] = SinkWindowSpec.from_attention(
+            spec, layers[name].impl.window, vllm_config.num_lookahead_tokens
         )
     windows = {str(spec.blocks.window): name for name, spec in specs.items()}
+    shapes = {(s.num_kv_heads, s.head_size): name for name, s in specs.items()}
+    if len(windows) > 1 and len(shapes) > 1:
+        raise UnsupportedLayerError(
+            "sink eviction does not support layers that differ both in what they keep "
+            "and in the heads or the head size of their KV caches, as "
+            f"{' and '.join({*windows.values(), *shapes.values()})} do"
+        )
     if len(windows) > 1 and (
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     ):
@@ -122,6 +126,14 @@ class StreamWorker(Stock):
             bind_rotations(
                 runner.get_model(), self.vllm_config, capacity, runner.max_num_tokens
             )
+        drafter = getattr(runner, "drafter", None)
+        if drafter is not None and hasattr(drafter, "model"):
+            bind_rotations(
+                drafter.model,
+                drafter._create_draft_vllm_config(),
+                capacity,
+                drafter.max_num_tokens,
+            )
         stock_specs = runner.get_kv_cache_spec
         # The runner asks itself when it measures what CUDA graphs take.
         runner.get_kv_cache_spec = lambda: stream_specs(stock_specs(), self.vllm_config)
@@ -152,10 +164,14 @@ class StreamWorker(Stock):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
-        version = runner_v2 if self.vllm_config.use_v2_model_runner else streams
-        version.enable_streams(self.model_runner)
+        if self.vllm_config.use_v2_model_runner:
+            runner_v2.enable_streams(self.model_runner)
+        else:
+            streams.enable_streams(self.model_runner)
+            resident_tokens = stream_config(self.vllm_config).resident_tokens
+            enable_speculation(self.model_runner, resident_tokens)
         groups = kv_cache_config.kv_cache_groups
-        specs = [group.kv_cache_spec for group in groups]
+        specs = [group_spec(group) for group in groups]
         bound = StreamBound.of(groups, self.vllm_config)
         pool = kv_cache_config.num_blocks - 1  # one is vLLM's null block
         logger.info(

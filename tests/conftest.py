@@ -9,6 +9,9 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
 )
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several processes on the same cores would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU, Triton kernels run in Triton's interpreter. A process chooses it when
 # it imports Triton, which vLLM does; with TRITON_INTERPRET=0 they run on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -170,16 +170,6 @@ def test_sizes_need_the_flag() -> None:
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         (
             {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                }
-            },
-            "--speculative-config",
-        ),
-        (
-            {
                 "kv_transfer_config": {
                     "kv_connector": "ExampleConnector",
                     "kv_role": "kv_both",

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``sink-paged doctor`` says what the engine then does, and refuses what it refuses."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from sink_paged import doctor
-from tests.engines import core, engine
+from tests.engines import core, engine, make_llama
 
 POCKET = Path(__file__).parents[1] / "models" / "pocket"
 SHAPE = {
@@ -32,16 +34,25 @@ def figures(said: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "drafts"])
 def test_bound_and_capacity(
-    hybrid: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A stream's blocks, and the streams in the pool, as an engine has them.
 
-    Also where every other layer has a sliding window of its own.
+    Also where every other layer has a sliding window of its own, and with the layers
+    of a draft model.
     """
     model = POCKET
-    if hybrid:
+    options: dict[str, Any] = {}
+    if kind == "drafts":
+        make_llama(tmp_path, vocab_size=258, max_position_embeddings=512)
+        options["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(tmp_path),
+            "num_speculative_tokens": 20,
+        }
+    if kind == "hybrid":
         model = tmp_path
         settings = dict(sliding_window=32, max_position_embeddings=512)
         kinds = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -50,6 +61,8 @@ def test_bound_and_capacity(
     memory = 8 << 20
     given = ["--sink-window", "100", "--max-num-batched-tokens", "256", "--port", "1"]
     size = ["--kv-cache-memory-bytes", str(memory), "--max-num-seqs", "256"]
+    for name, value in options.items():
+        size += [f"--{name.replace('_', '-')}", json.dumps(value)]
     code = doctor.main(["doctor", str(model), *ARGUMENTS, *given, *size])
     said = capsys.readouterr().out
     assert code == 0, said
@@ -61,15 +74,17 @@ def test_bound_and_capacity(
         block_size=16,
         max_num_batched_tokens=256,
         kv_cache_memory_bytes=memory,
+        **options,
     ) as llm:
         pool = core(llm).scheduler.kv_cache_config
         config = llm.llm_engine.vllm_config
         policies = [group.kv_cache_spec.blocks for group in pool.kv_cache_groups]
+        drafts = 20 * (kind == "drafts")  # slots, and tokens of a step
         held, decoding = (
-            sum(policy.max_blocks(tokens) for policy in policies)
-            for tokens in (config.max_in_flight_tokens, 1)
+            sum(policy.max_blocks(tokens + drafts) for policy in policies)
+            for tokens in (config.max_in_flight_tokens, 1 + drafts)
         )
-    assert len(policies) == (3 if hybrid else 1)
+    assert len(policies) == (3 if kind == "hybrid" else 1)
     assert figures(said) == (held, decoding, (pool.num_blocks - 1) // decoding)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from vllm.v1.worker.block_table import BlockTable
 
 from sink_paged.stream_state import BlockIds
@@ -67,11 +67,15 @@ def test_ring_holds_the_blocks_that_can_be_read(
 
 
 class RowsMachine(RuleBasedStateMachine):
-    """Token rows against plain lists: what has still to be read is there."""
+    """Token rows against plain lists: what has still to be read is there.
 
-    def __init__(self) -> None:
-        super().__init__()
+    And the tokens before, as many as are to be looked back at.
+    """
+
+    @initialize(looks_back=st.sampled_from([0, 1, 300, 20_000]))
+    def start(self, looks_back: int) -> None:
         self.rows = TokenRows(3)
+        self.rows.looks_back = looks_back
         self.texts: dict[int, list[int]] = {}
         self.read: dict[int, int] = {}
 
@@ -122,8 +126,14 @@ class RowsMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds_what_is_to_be_read(self) -> None:
+        if not hasattr(self, "rows"):
+            return
+        length = self.rows.looks_back
+        ends = np.array([len(self.texts.get(row, ())) for row in range(3)])
+        tails, lengths = self.rows.tails(ends, length)
         for row, text in self.texts.items():
-            first = self.read[row]
+            assert tails[row, : lengths[row]].tolist() == text[-length:] * bool(length)
+            first = max(0, self.read[row] - length)
             assert self.rows.ids[row, first : len(text)].tolist() == text[first:]
             assert self.rows.tensor[row, first : len(text)].tolist() == text[first:]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from sink_paged.kv_cache import SinkWindowSpec
+from sink_paged.kv_cache import group_spec
 from sink_paged.runner_v2.block_tables import RingBlockTables
 from sink_paged.runner_v2.requests import StreamRequestState
 from sink_paged.runner_v2.sampling import adopt_sampler
@@ -76,6 +76,6 @@ def enable_streams(runner: Any) -> None:
 
     Called once its KV cache is initialised.
     """
-    specs = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
-    assert all(isinstance(spec, SinkWindowSpec) for spec in specs)
-    RingBlockTables.adopt(runner.block_tables, [spec.blocks for spec in specs])
+    groups = runner.kv_cache_config.kv_cache_groups
+    policies = [group_spec(group).blocks for group in groups]
+    RingBlockTables.adopt(runner.block_tables, policies)
