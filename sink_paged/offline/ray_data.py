@@ -217,7 +217,7 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.init(
                 "local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of many kinds, bare ones too
         raise UnusableError(f"no Ray cluster: {error}") from error
     try:
         yield
