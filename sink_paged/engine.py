@@ -128,7 +128,8 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
             _rope_type(text_config) == "dynamic"
         ),
         "--enable-prompt-embeds": model.enable_prompt_embeds,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--kv-transfer-config and --kv-offloading-size": vllm_config.kv_transfer_config
+        is not None,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--decode-context-parallel-size and --prefill-context-parallel-size above 1": (
             parallel.decode_context_parallel_size > 1

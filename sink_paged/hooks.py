@@ -81,14 +81,21 @@ class EngineHooks:
     def update_front_end(self, engine: Any) -> None:
         """Give a streaming engine's front end its output processor and its metrics.
 
+        And wrap what of its server has no hook.
+
         Args:
             engine: an ``LLMEngine`` or ``AsyncLLM``, at the end of its construction.
         """
         if StreamConfig.load(engine.vllm_config.additional_config) is None:
             return
-        from sink_paged import metrics
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from sink_paged import metrics, patches
         from sink_paged.output_processor import StreamOutputProcessor
 
+        if isinstance(engine, AsyncLLM):
+            for patch in patches.SERVER:
+                patch.install()
         engine.output_processor.__class__ = StreamOutputProcessor
         if engine.logger_manager is not None:
             metrics.show_counts(engine.vllm_config, engine.logger_manager)

@@ -157,15 +157,6 @@ ALL = (
         upstream=ENGINE_HOOKS,
     ),
     Patch(
-        target="vllm.entrypoints.generate.beam_search.online"
-        ":BeamSearchOnlineMixin.beam_search",
-        parameters=("self", "prompt", "request_id", "params"),
-        wrapper=_beam_search,
-        why="a plugin cannot see beam searches: the default of max_tokens is the "
-        "longest text, here without an end",
-        upstream=ENGINE_HOOKS,
-    ),
-    Patch(
         target="vllm.v1.engine.llm_engine:LLMEngine.__init__",
         parameters=("self", "vllm_config"),
         wrapper=_engine_init,
@@ -213,3 +204,16 @@ ALL = (
         upstream="vllm.distributed.device_communicators.shm_broadcast:READS_UNPOLLED",
     ),
 )
+
+SERVER = (
+    Patch(
+        target="vllm.entrypoints.generate.beam_search.online"
+        ":BeamSearchOnlineMixin.beam_search",
+        parameters=("self", "prompt", "request_id", "params"),
+        wrapper=_beam_search,
+        why="a plugin cannot see beam searches: the default of max_tokens is the "
+        "longest text, here without an end",
+        upstream=ENGINE_HOOKS,
+    ),
+)
+"""What a streaming engine's server needs besides; its modules are slow to import."""

@@ -177,6 +177,7 @@ def test_sizes_need_the_flag() -> None:
             },
             "--kv-transfer-config",
         ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "--worker-cls"),
         ({"attention_config": {"backend": "CPU_ATTN"}}, "--attention-backend CPU_ATTN"),
         (

@@ -30,7 +30,7 @@ PROMPTS = [
     [256, *([5, 9, 17, 3] * 50)],
     [256, 8],
 ]
-OUTPUTS = 300
+OUTPUTS = 200
 PARAMS = {
     "greedy": {},
     "penalties": {
