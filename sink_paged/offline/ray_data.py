@@ -154,7 +154,7 @@ def run_on_ray(
     tally.show()
     if not any(wanted):
         return
-    with _cluster(address):
+    with cluster(address):
         slots = plan([node["Resources"] for node in _nodes()], workers, gpus)
         progress = ray.remote(num_cpus=0)(Progress).remote()
         # Ray Data sends workers twice what they run at a time; the third is in reserve.
@@ -203,8 +203,12 @@ def _dataset(
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Join a cluster, or start one; one that the caller has joined stays so."""
+def cluster(address: str | None) -> Iterator[None]:
+    """Join a Ray cluster, or start one; one that the caller has joined stays so.
+
+    Raises:
+        UnusableError: there is none, or it does not start.
+    """
     if ray.is_initialized():
         yield
         return
@@ -214,15 +218,27 @@ def _cluster(address: str | None) -> Iterator[None]:
         if address:
             ray.init(address)
         else:
-            ray.init(
-                "local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES
-            )
+            _start_cluster()
     except Exception as error:  # of many kinds, bare ones too
         raise UnusableError(f"no Ray cluster: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_cluster() -> None:
+    """Start one; on a busy machine Ray's own limit of 15 seconds may be too short."""
+    for last in (False, False, True):
+        try:
+            ray.init(
+                "local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES
+            )
+            return
+        except Exception:
+            ray.shutdown()
+            if last:
+                raise
 
 
 def _nodes() -> list[dict[str, Any]]:
