@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 MODEL = Path(__file__).parents[1] / "models" / "pocket"
-START_UP = 240.0
+START_UP = 480.0
 
 
 @contextmanager
