@@ -50,9 +50,9 @@ from load.clients import Clients
 from load.exactness import Undisturbed, Verdict, spot_checks
 from load.faults import kill_under_load
 from load.figures import bench_figures
-from load.memory import LASTING, Samples, fit
+from load.memory import Samples, judge_memory
 from load.report import plot, progress, table
-from load.server import extension_metrics, running_server
+from load.server import ServerError, extension_metrics, running_server
 from load.watch import SERIES, leftovers, observe, wait_until_idle
 from load.workload import Workload
 from provenance import provenance
@@ -76,11 +76,14 @@ def main() -> None:
     # As after Ctrl-C: the server that runs is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    result = run_load(args)
-    save(args, result)
-    if not args.no_faults:
-        run_faults(args, result)
-    save(args, result)
+    try:
+        result = run_load(args)
+        save(args, result)
+        if not args.no_faults:
+            run_faults(args, result)
+            save(args, result)
+    except ServerError as error:
+        sys.exit(f"FAILED: {error}")
     print(table(result))
     print(f"written: {args.output_dir}/load.json, {args.output_dir}/load.png")
     sys.exit(bool(result["failed_checks"]))
@@ -104,7 +107,6 @@ def sink_flags(args: argparse.Namespace) -> list[str]:
 
 def run_load(args: argparse.Namespace) -> dict[str, Any]:
     """Load one server, wait until it is idle, compare answers; the figures."""
-    checks = Checks()
     samples, series = Samples(), {name: [] for name in SERIES}
     flags = sink_flags(args) + server_flags(args)
     flags += ["--enforce-eager"] if args.eager else []
@@ -139,21 +141,23 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
                 bar.update()
         died = server.process.poll() is not None
         last, _ = wait_until_idle(server)
-    verdicts = Counter(comparison.verdict for comparison in comparisons)
-    for failure in seen.failures:
-        checks.fail("load", failure)
+    memory = judge_memory(samples, args.output_tokens)
     missing = {bad.name for bad in catalogue(args.model)} - seen.refusals.keys()
-    checks.require("bad requests", not missing, f"not sent: {sorted(missing)}")
-    checks.require("load", not died, "the server ended")
     preemptions = after["vllm:num_preemptions_total"]
-    checks.require("preemption", preemptions > 0, "no stream was preempted")
+    failed = [("load", failure) for failure in seen.failures]
+    failed += [("bad requests", f"not sent: {name}") for name in sorted(missing)]
+    failed += [("load", "the server ended")] if died else []
+    failed += [] if preemptions else [("preemption", "no stream was preempted")]
     for name, metrics in (("load", after), ("spot checks", last)):
         for what, value in leftovers(metrics).items():
-            checks.fail("leak", f"after the {name}: {what} is {value}")
-    memory = judge_memory(samples, args.output_tokens, checks)
+            failed.append(("leak", f"after the {name}: {what} is {value}"))
+    for role, growth in memory.items():
+        if growth.judged and not growth.ok:
+            failed.append(("memory", f"{role} grew: {growth}"))
     for comparison in comparisons:
         if comparison.verdict is Verdict.DIFFERENT:
-            checks.fail("exactness", str(comparison))
+            failed.append(("exactness", str(comparison)))
+    verdicts = Counter(comparison.verdict for comparison in comparisons)
     queries = after["vllm:prefix_cache_queries_total"]
     plot(samples, series, args.output_tokens // 2, args.output_dir / "load.png")
     return {
@@ -165,7 +169,7 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
         "seconds_until_idle": seconds,
         "counts": dict(seen.counts),
         "refusals": {name: dict(codes) for name, codes in seen.refusals.items()},
-        "memory": memory,
+        "memory": {role: growth.to_json() for role, growth in memory.items()},
         "spot_checks": {
             "counts": {verdict.value: verdicts[verdict] for verdict in Verdict},
             "tokens": sum(comparison.tokens for comparison in comparisons),
@@ -182,38 +186,8 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
         "server_flags": flags,
         "series": series | {"rss": samples.rss},
         "faults": [],
-        "failed_checks": checks.failed,
+        "failed_checks": failed,
     }
-
-
-class Checks:
-    """Collects what has failed, with the reason."""
-
-    def __init__(self) -> None:
-        """Nothing has failed yet."""
-        self.failed: list[tuple[str, str]] = []
-
-    def fail(self, name: str, why: str) -> None:
-        """A check failed."""
-        self.failed.append((name, why))
-
-    def require(self, name: str, condition: bool, why: str) -> None:
-        """A check fails unless ``condition``."""
-        if not condition:
-            self.fail(name, why)
-
-
-def judge_memory(samples: Samples, output_tokens: int, checks: Checks) -> Any:
-    """Growth of every process but short-lived helpers, over the second half."""
-    growths = {}
-    for role in LASTING:
-        if role in samples.rss:
-            half = output_tokens // 2, output_tokens
-            growth = fit(samples.tokens, samples.rss[role], *half, arenas=1)
-            growths[role] = growth.to_json()
-            if growth.judged and not growth.ok:
-                checks.fail("memory", f"{role} grew: {growth}")
-    return growths
 
 
 def run_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,42 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 
 from load.bad_requests import BadRequest, is_refusal
+from load.streaming import Answer, stream
 from load.workload import Session, Turn, Workload, request_body
 
 LONGEST_LINE = 1 << 20
 """Bytes of an event: the first one carries the token ids of the prompt."""
 BAD_SECONDS = 0.25
 """From one bad request to the next."""
-REQUEST_TIMEOUT = 600.0
-"""Seconds after which a request that has not ended counts as a failure."""
-
-
-@dataclass
-class Answer:
-    """A request that was streamed.
-
-    Attributes:
-        session: number of its session.
-        params: its sampling parameters.
-        timing: in the form of ``vllm bench serve``.
-        prompt: its token ids, as the server read it.
-        tokens: ids that were received.
-        text: the same as text.
-        finish_reason: none if it did not end.
-        left: whether the client left before the end.
-    """
-
-    session: int
-    params: dict[str, Any]
-    timing: RequestFuncOutput = field(default_factory=RequestFuncOutput)
-    prompt: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
-    left: bool = False
+MOST_FAILURES = 100
+"""After which the clients give up."""
+SILENCE = 600.0
+"""Seconds without a byte after which a request counts as a failure."""
 
 
 @dataclass
@@ -68,66 +44,6 @@ class Seen:
     refusals: dict[str, Counter[int]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     written: int = 0
-
-
-async def stream(
-    http: aiohttp.ClientSession,
-    path: str,
-    body: dict[str, Any],
-    answer: Answer,
-    received: Callable[[int], None],
-    most: int | None = None,
-) -> None:
-    """Stream one answer.
-
-    Args:
-        http: whose base URL is the server's.
-        path: of the endpoint.
-        body: of the request.
-        answer: filled in while tokens arrive.
-        received: called with the number of new tokens.
-        most: tokens after which the client leaves.
-
-    Raises:
-        aiohttp.ClientError: the server refused or broke off.
-    """
-    timing = answer.timing
-    last = timing.start_time = time.perf_counter()
-    async with http.post(path, json=body) as response:
-        if response.status != 200:
-            reason = (await response.text())[:300]
-            raise aiohttp.ClientPayloadError(f"HTTP {response.status}: {reason}")
-        async for line in response.content:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise aiohttp.ClientPayloadError(f"error event: {event['error']}")
-            answer.prompt = event.get("prompt_token_ids") or answer.prompt
-            for choice in event["choices"]:
-                answer.prompt = choice.get("prompt_token_ids") or answer.prompt
-                tokens = choice.get("token_ids") or []
-                if tokens:
-                    now = time.perf_counter()
-                    if answer.tokens:
-                        timing.itl.append(now - last)
-                    else:
-                        timing.ttft = now - timing.start_time
-                    last = now
-                    answer.tokens += tokens
-                    received(len(tokens))
-                text = choice.get("text") or choice.get("delta", {}).get("content")
-                answer.text.append(text or "")
-                answer.finish_reason = choice["finish_reason"] or answer.finish_reason
-            if most is not None and len(answer.tokens) >= most:
-                answer.left = answer.finish_reason is None
-                response.close()
-                break
-    if answer.finish_reason is None and not answer.left:
-        raise aiohttp.ClientPayloadError("the stream ended without a finish reason")
-    timing.latency = last - timing.start_time
-    timing.output_tokens, timing.prompt_len = len(answer.tokens), len(answer.prompt)
-    timing.success = answer.finish_reason is not None
 
 
 class Clients:
@@ -155,8 +71,10 @@ class Clients:
 
     async def run(self, concurrency: int) -> None:
         """Until the tokens are written and the last answers have ended."""
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
-        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE)
+        # A connection kept open may be closed by the server, which keeps idle ones for
+        # five seconds, just when the next request is sent.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(
             self.url, timeout=timeout, connector=connector, read_bufsize=LONGEST_LINE
         ) as http:
@@ -166,7 +84,8 @@ class Clients:
     @property
     def enough(self) -> bool:
         """Whether no more sessions begin."""
-        return self.seen.written >= self.output_tokens
+        failures = len(self.seen.failures)
+        return self.seen.written >= self.output_tokens or failures >= MOST_FAILURES
 
     def _received(self, tokens: int) -> None:
         self.seen.written += tokens

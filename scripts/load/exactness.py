@@ -28,7 +28,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from load.clients import Answer
+from load.streaming import Answer
 
 NEAR_TIE = 3e-3
 """Gap of two log-probabilities below which float32 may choose either."""

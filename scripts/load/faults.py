@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from load.clients import Answer, stream
 from load.server import Server
+from load.streaming import Answer, stream
 
 BOUND = 60.0
 """Seconds in which clients must have their errors and the server must have ended."""

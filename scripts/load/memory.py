@@ -2,18 +2,20 @@
 """Resident memory of a server's processes over the tokens it has written.
 
 It is judged over the second half of the tokens, when caches, pools and the largest
-batches have been seen. A line is fitted; the growth along it must not exceed the noise,
-which is what RSS would move by without a leak: the spread of the residuals about the
-line (two standard deviations either way), and at least an arena of CPython's allocator
-for each Python process, because memory is taken and given back in such pieces. The
-residuals follow each other in steps, not independently: so their spread is taken as it
-is, not divided by the root of their number as for a standard error. Over fewer tokens
-than ``LEAST_TOKENS`` nothing is judged, as what a server warms up by is still felt.
+batches have been seen. Buffers of a step come and go by megabytes, for seconds: so a
+line is fitted to the medians of twentieths. The growth along it must not exceed the
+noise, which is what those would move by without a leak: the spread of their residuals
+about the line (two standard deviations either way), and at least an arena of CPython's
+allocator, because memory is taken and given back in such pieces. As the residuals may
+still depend on each other, their spread is taken as it is, not divided by the root of
+their number as for a standard error. Over fewer tokens than ``LEAST_TOKENS`` nothing is
+judged, as what a server warms up by is still felt.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,7 @@ LASTING = ("API server", "engine core", "worker")
 ARENA_BYTES = 1 << 20
 """Of CPython 3.10 and later."""
 LEAST_TOKENS = 100_000
+PARTS = 20
 SPREADS = 4.0
 """Width of the residuals' spread in standard deviations."""
 
@@ -113,33 +116,45 @@ class Growth:
         }
 
 
-def fit(tokens: list[int], rss: list[int], begin: int, end: int, arenas: int) -> Growth:
-    """The growth between two numbers of written tokens.
+def fit(tokens: Sequence[int], rss: Sequence[int], begin: int, end: int) -> Growth:
+    """The growth of a process between two numbers of written tokens.
 
     Args:
         tokens: written when a sample was taken.
         rss: the samples, in bytes.
         begin: tokens from which samples count.
         end: tokens up to which they do.
-        arenas: Python processes that the samples are of.
 
     Raises:
-        ValueError: fewer than three samples, or all at one number of tokens.
+        ValueError: fewer than three parts of the range have a sample.
     """
-    inside = [begin <= count <= end for count in tokens]
-    x = np.array(tokens, dtype=float)[inside]
-    y = np.array(rss, dtype=float)[inside]
-    if len(x) < 3 or not np.ptp(x):
+    edges = np.linspace(begin, end, PARTS + 1)[1:-1]
+    part = np.searchsorted(edges, tokens, side="right")
+    x, y = np.array(tokens, dtype=float), np.array(rss, dtype=float)
+    inside = (x >= begin) & (x <= end)
+    parts = [inside & (part == number) for number in range(PARTS)]
+    medians = [(np.median(x[p]), np.median(y[p])) for p in parts if p.any()]
+    if len(medians) < 3:
         raise ValueError("too few samples of memory to fit a line")
-    slope, intercept = np.polyfit(x, y, 1)
-    spread = SPREADS * float(np.std(y - (slope * x + intercept), ddof=2))
-    reach = float(np.ptp(x))
+    at, level = np.array(medians).T
+    slope, intercept = np.polyfit(at, level, 1)
+    spread = SPREADS * float(np.std(level - (slope * at + intercept), ddof=2))
+    reach = float(np.ptp(x[inside]))
     return Growth(
         float(slope),
         float(intercept),
         float(slope) * reach,
-        max(spread, float(arenas * ARENA_BYTES)),
+        max(spread, float(ARENA_BYTES)),
         spread,
         int(reach),
-        len(x),
+        int(inside.sum()),
     )
+
+
+def judge_memory(samples: Samples, output_tokens: int) -> dict[str, Growth]:
+    """Growth of every lasting process over the second half of so many tokens."""
+    return {
+        role: fit(samples.tokens, samples.rss[role], output_tokens // 2, output_tokens)
+        for role in LASTING
+        if role in samples.rss
+    }

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+
+import httpx
 
 from load.clients import Clients
 from load.memory import Samples
-from load.server import Server, extension_metrics
+from load.server import Server, ServerError, extension_metrics
 
 SAMPLE_SECONDS = 1.0
 IDLE_SECONDS = 30.0
@@ -29,15 +32,23 @@ async def observe(
     samples: Samples,
     series: dict[str, list[float]],
 ) -> None:
-    """Let the clients run; memory and metrics are sampled meanwhile."""
+    """Let the clients run; memory and metrics are sampled meanwhile.
+
+    Raises:
+        ServerError: the server ended.
+    """
     running = asyncio.ensure_future(clients.run(concurrency))
     while not running.done():
         tokens = clients.seen.written
         samples.take(server, tokens)
-        metrics = await asyncio.to_thread(server.metrics)
-        for name, metric in SERIES.items():
-            series[name].append(metrics[metric] if metric else tokens)
+        with contextlib.suppress(httpx.TransportError):
+            metrics = await asyncio.to_thread(server.metrics)
+            for name, metric in SERIES.items():
+                series[name].append(metrics[metric] if metric else tokens)
         await asyncio.wait([running], timeout=SAMPLE_SECONDS)
+        if server.process.poll() is not None:
+            running.cancel()
+            raise ServerError(f"the server ended under load: {server.log_tail()}")
     await running
 
 
