@@ -22,10 +22,14 @@ class EngineHooks:
         add_arguments(parser)
 
     def from_cli_args(self, engine_args: Any, args: argparse.Namespace) -> None:
-        """Fill the flags into ``additional_config``."""
+        """Fill the flags into ``additional_config``.
+
+        Into that of ``args`` too: vLLM sends those to each of several API servers,
+        which reads them before it loads its plugins.
+        """
         settings = settings_from_arguments(args)
         if settings is not None:
-            engine_args.additional_config = merge_settings(
+            args.additional_config = engine_args.additional_config = merge_settings(
                 engine_args.additional_config, settings
             )
 

@@ -48,6 +48,15 @@ def parse(*flags: str) -> AsyncEngineArgs:
     return AsyncEngineArgs.from_cli_args(args)
 
 
+def test_arguments_carry_what_the_flags_say() -> None:
+    """To processes that read them before plugins are loaded: several API servers."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", str(GOLDEN), "--sink-eviction", "--sink-window", "50"]
+    args = parser.parse_args(flags)
+    AsyncEngineArgs.from_cli_args(args)
+    assert args.additional_config == {"sink_paged": {"window_tokens": 50}}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ def test_data_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags += " --enforce-eager"
     prompts = [f"def number_{i}():\n    return " * 12 for i in range(8)]
     with running_server(tmp_path / "log", flags) as url:
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=240)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=240)
 
-        async def complete(prompt: str) -> str:
-            answer = await client.completions.create(
+        def complete(prompt: str) -> str:
+            answer = client.completions.create(
                 model=str(MODEL),
                 prompt=prompt,
                 max_tokens=200,
@@ -62,13 +62,9 @@ def test_data_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             )
             return answer.choices[0].text
 
-        async def together() -> list[str]:
-            return await asyncio.gather(*map(complete, prompts))
-
-        async def one_by_one() -> list[str]:
-            return [await complete(prompt) for prompt in prompts]
-
-        assert asyncio.run(together()) == asyncio.run(one_by_one())
+        with ThreadPoolExecutor(len(prompts)) as clients:
+            together = list(clients.map(complete, prompts))
+        assert together == list(map(complete, prompts))
         metrics = httpx.get(f"{url}/metrics").text
     evicted = re.findall(
         r'^vllm:sink_paged_tokens_evicted_total\{engine="(\d)".*\} (\S+)$',
