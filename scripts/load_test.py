@@ -14,10 +14,10 @@ Starts the server itself, with a KV pool too small for its clients, and checks:
   (``load/memory.py``; ``--quick`` has too few tokens to judge);
 - **exactness**: a random sample of the answers, greedy and seeded, is what the same
   request gets when it is alone, token by token (``load/exactness.py``);
-- **faults**: with streams past the window, the worker is killed, of another server the
-  engine core. Clients get errors, the log names the process, the server ends within
-  a minute, nothing of it is left. The same on stock vLLM for comparison: the exit
-  status must be the same.
+- **faults**: with streams past the window, the engine core is killed, of another server
+  the worker. Clients get errors, the log says what is gone, the server ends within a
+  minute, nothing of it is left. The same on stock vLLM for comparison: the exit status
+  (0 in vLLM 0.32.0) must be the same.
 
 Figures of the load are those of ``vllm bench serve``, by its key names, over answers
 that ended. Written to ``--output-dir``: ``load.json``, ``load.png`` and the servers'
@@ -48,11 +48,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from load.bad_requests import catalogue
 from load.clients import Clients
 from load.exactness import Undisturbed, Verdict, spot_checks
-from load.faults import kill_under_load
+from load.faults import FaultError, kill_under_load
 from load.figures import bench_figures
 from load.memory import Samples, judge_memory
 from load.report import plot, progress, table
-from load.server import ServerError, extension_metrics, running_server
+from load.server import Server, ServerError, extension_metrics, running_server
 from load.watch import SERIES, leftovers, observe, wait_until_idle
 from load.workload import Workload
 from provenance import provenance
@@ -70,6 +70,9 @@ QUICK: dict[str, Any] = {
 }
 
 
+OURS, STOCK = "sink eviction", "stock vLLM"
+
+
 def main() -> None:
     """Run and print."""
     args = parse_arguments()
@@ -77,12 +80,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        result = run_load(args)
-        save(args, result)
-        if not args.no_faults:
-            run_faults(args, result)
+        flags = [*sink_flags(args), *server_flags(args)]
+        flags += ["--enforce-eager"] if args.eager else []
+        with running_server(args.model, flags, args.output_dir / "load.log") as server:
+            result = run_load(args, server) | {"server_flags": flags}
             save(args, result)
-    except ServerError as error:
+            if not args.no_faults:
+                run_fault(args, server, OURS, "engine core", result)
+        if not args.no_faults:
+            run_other_faults(args, result)
+        save(args, result)
+    except (ServerError, FaultError) as error:
         sys.exit(f"FAILED: {error}")
     print(table(result))
     print(f"written: {args.output_dir}/load.json, {args.output_dir}/load.png")
@@ -105,48 +113,38 @@ def sink_flags(args: argparse.Namespace) -> list[str]:
     return [str(flag) for flag in (*flags, "--num-gpu-blocks-override", args.kv_blocks)]
 
 
-def run_load(args: argparse.Namespace) -> dict[str, Any]:
-    """Load one server, wait until it is idle, compare answers; the figures."""
+def run_load(args: argparse.Namespace, server: Server) -> dict[str, Any]:
+    """Load a server, wait until it is idle, compare answers; the figures."""
     samples, series = Samples(), {name: [] for name in SERIES}
-    flags = sink_flags(args) + server_flags(args)
-    flags += ["--enforce-eager"] if args.eager else []
     workload = Workload(
         args.seed,
         args.max_model_len,
         (0.125, args.longest_prompt),
         (0.5, args.longest_output),
     )
-    with running_server(args.model, flags, args.output_dir / "load.log") as server:
-        before = server.metrics()
-        with progress(args.output_tokens, "load", "tok") as bar:
-            clients = Clients(
-                server.url,
-                args.model,
-                workload,
-                catalogue(args.model),
-                args.output_tokens,
-                bar.update,
-            )
-            begin = time.perf_counter()
-            asyncio.run(observe(server, clients, args.concurrency, samples, series))
-            duration = time.perf_counter() - begin
-        seen = clients.seen
-        after, seconds = wait_until_idle(server)
-        comparisons = []
-        with progress(args.spot_checks, "spot checks", "answer") as bar:
-            undisturbed = Undisturbed(server.url, args.model)
-            checked = (undisturbed, seen.finished, args.spot_checks, args.seed)
-            for comparison in spot_checks(*checked):
-                comparisons.append(comparison)
-                bar.update()
-        died = server.process.poll() is not None
-        last, _ = wait_until_idle(server)
+    bad = catalogue(args.model)
+    before = server.metrics()
+    with progress(args.output_tokens, "load", "tok") as bar:
+        goal = args.output_tokens
+        clients = Clients(server.url, args.model, workload, bad, goal, bar.update)
+        begin = time.perf_counter()
+        asyncio.run(observe(server, clients, args.concurrency, samples, series))
+        duration = time.perf_counter() - begin
+    seen = clients.seen
+    after, seconds = wait_until_idle(server)
+    comparisons = []
+    with progress(args.spot_checks, "spot checks", "answer") as bar:
+        undisturbed = Undisturbed(server.url, args.model)
+        checked = (undisturbed, seen.finished, args.spot_checks, args.seed)
+        for comparison in spot_checks(*checked):
+            comparisons.append(comparison)
+            bar.update()
+    last, _ = wait_until_idle(server)
     memory = judge_memory(samples, args.output_tokens)
-    missing = {bad.name for bad in catalogue(args.model)} - seen.refusals.keys()
+    missing = {one.name for one in bad} - seen.refusals.keys()
     preemptions = after["vllm:num_preemptions_total"]
     failed = [("load", failure) for failure in seen.failures]
     failed += [("bad requests", f"not sent: {name}") for name in sorted(missing)]
-    failed += [("load", "the server ended")] if died else []
     failed += [] if preemptions else [("preemption", "no stream was preempted")]
     for name, metrics in (("load", after), ("spot checks", last)):
         for what, value in leftovers(metrics).items():
@@ -183,43 +181,49 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
             "after_load": extension_metrics(after),
             "end": extension_metrics(last),
         },
-        "server_flags": flags,
         "series": series | {"rss": samples.rss},
         "faults": [],
         "failed_checks": failed,
     }
 
 
-def run_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Kill a worker and an engine core, of our server and of a stock one."""
+def run_fault(
+    args: argparse.Namespace,
+    server: Server,
+    engine: str,
+    role: str,
+    result: dict[str, Any],
+) -> None:
+    """Kill a process of a server under load; adds to the result what came of it."""
+    past = 2 * args.max_model_len
+    outcome = asyncio.run(kill_under_load(server, role, args.fault_streams, past))
+    result["faults"].append({"engine": engine} | outcome.to_json())
+    result["failed_checks"] += [
+        (f"{role} killed, {engine}", problem) for problem in outcome.problems()
+    ]
+
+
+def run_other_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Kill a worker of ours, and both of stock vLLM; compare the exit statuses."""
     longest = 1 << 17
     stock = [
         *("--hf-overrides", json.dumps({"max_position_embeddings": longest})),
         *("--num-gpu-blocks-override", str(longest // args.block_size + 2)),
     ]
-    engines = {"sink eviction": sink_flags(args)}
+    cases = [(OURS, "worker", sink_flags(args))]
     if not args.no_stock:
-        engines["stock vLLM"] = stock
-    statuses: dict[str, set[int | None]] = {}
-    cases = [(engine, role) for engine in engines for role in ("worker", "engine core")]
-    for engine, role in progress(cases, "faults", "server"):
+        cases += [(STOCK, role, stock) for role in ("worker", "engine core")]
+    for engine, role, engine_flags in progress(cases, "faults", "server"):
         # vLLM's own placement gives the worker a process.
         own_process = {"VLLM_CPU_OMP_THREADS_BIND": "auto"} if role == "worker" else {}
         log = args.output_dir / f"{engine} {role}.log".replace(" ", "-")
-        flags = [*engines[engine], *server_flags(args), "--enforce-eager"]
+        flags = [*engine_flags, *server_flags(args), "--enforce-eager"]
         with running_server(args.model, flags, log, own_process) as server:
-            past = 2 * args.max_model_len
-            outcome = asyncio.run(
-                kill_under_load(server, role, args.fault_streams, past)
-            )
-        result["faults"].append({"engine": engine} | outcome.to_json())
-        statuses.setdefault(role, set()).add(outcome.exit_status)
-        result["failed_checks"] += [
-            (f"{role} killed, {engine}", problem) for problem in outcome.problems()
-        ]
-    for role, found in statuses.items():
+            run_fault(args, server, engine, role, result)
+    for role in ("worker", "engine core"):
+        found = {f["exit_status"] for f in result["faults"] if f["killed"] == role}
         if len(found) > 1:
-            why = f"exit status {found}"
+            why = f"exit statuses {found}"
             result["failed_checks"].append((f"{role} killed, as stock vLLM", why))
 
 

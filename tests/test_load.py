@@ -295,7 +295,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert result["spot_checks"]["counts"]["different"] == 0
     assert sum(result["spot_checks"]["counts"].values()) == 10
     assert {growth["judged"] for growth in result["memory"].values()} == {False}
-    assert [fault["killed"] for fault in result["faults"]] == ["worker", "engine core"]
+    assert [fault["killed"] for fault in result["faults"]] == ["engine core", "worker"]
     for fault in result["faults"]:
         assert sum(fault["client_errors"].values()) == fault["streams"] + 1
     assert (tmp_path / "load.png").stat().st_size > 10_000

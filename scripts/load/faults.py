@@ -26,6 +26,10 @@ NAMED = re.compile(r"(?:ERROR|CRITICAL).*(?:died unexpectedly|EngineDeadError)")
 """What vLLM logs of a worker or an engine core that is gone."""
 
 
+class FaultError(Exception):
+    """Nothing could be killed under load."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a server and its clients after a kill.
@@ -85,11 +89,11 @@ async def kill_under_load(
         past: tokens that each has written before.
 
     Raises:
-        RuntimeError: there is no such process, or a stream ended before the kill.
+        FaultError: there is no such process, or a stream ended before the kill.
     """
     victims = server.processes().get(role)
     if not victims:
-        raise RuntimeError(f"the server has no {role}: {list(server.processes())}")
+        raise FaultError(f"the server has no {role}: {list(server.processes())}")
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
@@ -103,7 +107,7 @@ async def kill_under_load(
         deadline = time.monotonic() + FILLING
         while min(len(answer.tokens) for answer in answers) < past:
             if any(task.done() for task in writing) or time.monotonic() > deadline:
-                raise RuntimeError(f"a stream ended too early: {server.log_tail()}")
+                raise FaultError(f"a stream ended too early: {server.log_tail()}")
             await asyncio.sleep(0.1)
         victims[0].kill()
         killed = time.monotonic()
