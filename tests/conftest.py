@@ -21,6 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist then reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share an engine or a server stay in one process."""
     for item in items:

@@ -46,7 +46,7 @@ def test_bound_and_capacity(
     model = POCKET
     options: dict[str, Any] = {}
     if kind == "drafts":
-        make_llama(tmp_path, vocab_size=258, max_position_embeddings=512)
+        make_llama(tmp_path, max_position_embeddings=512)
         options["speculative_config"] = {
             "method": "draft_model",
             "model": str(tmp_path),
