@@ -115,7 +115,7 @@ serve: install  ## serve MODEL with sink eviction, OpenAI-style, on PORT
 	$(BIN)/vllm serve $(MODEL) --port $(PORT) --sink-eviction $(SERVE_ARGS)
 
 test: install  ## run every test, in two processes, then the lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory lint
 
 test-matrix: install  ## hooks, settings and exactness on every vLLM in the support table

@@ -3,8 +3,6 @@
 
 import os
 
-import pytest
-
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
@@ -19,12 +17,3 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # It would override what the tests give their KV caches.
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist then reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share an engine or a server stay in one process."""
-    for item in items:
-        shares_server = item.path.parent.name == "chat"
-        group = item.path.parent.name if shares_server else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
