@@ -182,8 +182,10 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
             vllm_config.use_v2_model_runner
         ),
         "parallel_drafting": speculative.parallel_drafting,
-        "use_heterogeneous_vocab": drafts
-        and getattr(speculative, "use_heterogeneous_vocab", False),
+        "a kv_cache_dtype of its own": speculative.kv_cache_dtype is not None,
+        "use_heterogeneous_vocab": getattr(
+            speculative, "use_heterogeneous_vocab", False
+        ),
         f"a draft model of at most {draft and draft.max_model_len} tokens: set "
         "--max-model-len to that": drafts and draft.max_model_len < resident,
     }

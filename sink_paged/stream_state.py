@@ -41,11 +41,15 @@ class TokenCounts:
         self.in_prompt[prompt] = True
         self.in_output: npt.NDArray[np.int32] = np.zeros(vocab_size, dtype=np.int32)
 
+    def add_output(self, ids: list[int], change: int = 1) -> None:
+        """Count the output tokens ``ids``, placeholders left out, ``change`` times."""
+        np.add.at(self.in_output, [token for token in ids if token >= 0], change)
+
     def with_output(self, ids: list[int]) -> TokenCounts:
         """A copy that has counted the output tokens ``ids`` too."""
         counts = copy.copy(self)
         counts.in_output = self.in_output.copy()
-        np.add.at(counts.in_output, [token for token in ids if token >= 0], 1)
+        counts.add_output(ids)
         return counts
 
 
@@ -96,8 +100,7 @@ class OutputTokens(list[int]):
 
     def _count(self, ids: list[int], change: int) -> None:
         if self.counts is not None:
-            known = [token for token in ids if token >= 0]
-            np.add.at(self.counts.in_output, known, change)
+            self.counts.add_output(ids, change)
 
     def forget(self) -> None:
         """Keep only the last tokens."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from vllm.utils.network_utils import get_open_port
 
 MODEL = Path(__file__).parents[1] / "models" / "pocket"
 START_UP = 480.0
@@ -33,7 +33,7 @@ def running_server(
         model: what it serves.
         environment: variables beside this process's own.
     """
-    port = free_port()
+    port = get_open_port()
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -57,14 +57,6 @@ def running_server(
     finally:
         process.terminate()
         process.wait(60)
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def is_healthy(url: str) -> bool:

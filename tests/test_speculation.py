@@ -166,6 +166,15 @@ def test_preempted_while_speculating(alone: dict[str, list[Any]]) -> None:
                 "method": "draft_model",
                 "model": str(GOLDEN),
                 "num_speculative_tokens": 2,
+                "kv_cache_dtype": "fp8",
+            },
+            "kv_cache_dtype",
+        ),
+        (
+            {
+                "method": "draft_model",
+                "model": str(GOLDEN),
+                "num_speculative_tokens": 2,
                 "max_model_len": 100,
             },
             "at most 100 tokens",

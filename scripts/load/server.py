@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from vllm.utils.network_utils import get_open_port
 
 START_UP = 600.0
 """Seconds a server may take to answer; on busy cores compiling takes minutes."""
@@ -54,7 +54,7 @@ class Server:
         environment: Mapping[str, str],
     ) -> None:
         """Start it; it may take a minute until ``wait`` returns."""
-        port = free_port()
+        port = get_open_port()
         self.url = f"http://127.0.0.1:{port}"
         self.model, self.log = model, log
         command = [str(Path(sys.executable).with_name("vllm")), "serve", model]
@@ -157,14 +157,6 @@ def running_server(
         yield server
     finally:
         server.stop()
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def read_metrics(text: str) -> dict[str, float]:
