@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from sink_paged.window import SinkWindow
 
@@ -19,6 +19,8 @@ RESOLVED_KEY = "sink_paged_resolved"
 DEFAULT_SINK_TOKENS = 4
 MAX_STREAM_TOKENS = 2**31 - 1
 """Longest text of a stream: vLLM counts tokens in int32."""
+Positions = Literal["cache", "text"]
+"""Where the sinks stand for a query past the window: see ``SinkConfig``."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class SinkConfig:
             what ``--max-model-len`` leaves beside the sinks and the query.
         sink_token_id: token that is put before every prompt that does not start with
             it; ``None`` for none. Needs ``sink_tokens`` of at least 1.
+        positions: ``"cache"`` counts positions inside the cache, as StreamingLLM does.
+            ``"text"`` leaves the sinks where they stand in the text, with a gap that
+            grows: for evaluation only, models break past their trained length.
 
     Raises:
         ValueError: naming the setting and its legal range.
@@ -39,6 +44,7 @@ class SinkConfig:
     sink_tokens: int = DEFAULT_SINK_TOKENS
     window_tokens: int | None = None
     sink_token_id: int | None = None
+    positions: Positions = "cache"
 
     def __post_init__(self) -> None:
         """Check types and ranges that need no model."""
@@ -52,6 +58,9 @@ class SinkConfig:
                     "sink_token_id needs sink_tokens of at least 1, or the token "
                     "would be evicted with the others"
                 )
+        if self.positions not in get_args(Positions):
+            known = " or ".join(map(repr, get_args(Positions)))
+            raise ValueError(f"positions must be {known}, got {self.positions!r}")
 
     @classmethod
     def from_mapping(cls, settings: Any) -> Self:
@@ -123,33 +132,41 @@ class StreamConfig:
             stream's resident tokens. vLLM's own ``max_model_len`` is then the longest
             text, ``MAX_STREAM_TOKENS``.
         sink_token_id: token put before every prompt; None for none.
+        positions: where the sinks stand for a query past the window.
     """
 
     window: SinkWindow
     resident_tokens: int
     sink_token_id: int | None = None
+    positions: Positions = "cache"
+
+    @property
+    def query_limit(self) -> int:
+        """The position at which queries stay as far as the sinks are concerned."""
+        cache = self.positions == "cache"
+        return self.window.capacity if cache else MAX_STREAM_TOKENS
 
     def store(self, additional_config: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of ``additional_config`` that carries this to vLLM's processes."""
-        numbers = [
+        values = [
             self.window.sink_tokens,
             self.window.window_tokens,
             self.resident_tokens,
             self.sink_token_id,
+            self.positions,
         ]
-        return {**additional_config, RESOLVED_KEY: numbers}
+        return {**additional_config, RESOLVED_KEY: values}
 
     @classmethod
     def load(cls, additional_config: Any) -> Self | None:
         """What ``store`` wrote, or None for an engine without sink eviction."""
         if not isinstance(additional_config, Mapping):
             return None
-        numbers = additional_config.get(RESOLVED_KEY)
-        if numbers is None:
+        values = additional_config.get(RESOLVED_KEY)
+        if values is None:
             return None
-        sink_tokens, window_tokens, resident_tokens, sink_token_id = numbers
-        window = SinkWindow(sink_tokens, window_tokens)
-        return cls(window, resident_tokens, sink_token_id)
+        sink_tokens, window_tokens, *others = values
+        return cls(SinkWindow(sink_tokens, window_tokens), *others)
 
     def default_max_tokens(self, prompt_tokens: int) -> int:
         """Output tokens of a request that names no ``max_tokens``.

@@ -87,7 +87,7 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
         )
     window = config.resolve(resident, vllm_config.cache_config.sliding_window)
     _check_sink_token(vllm_config, config.sink_token_id)
-    stream = StreamConfig(window, resident, config.sink_token_id)
+    stream = StreamConfig(window, resident, config.sink_token_id, config.positions)
     vllm_config.additional_config = stream.store(vllm_config.additional_config)
     model_config.max_model_len = MAX_STREAM_TOKENS
     scheduler = vllm_config.scheduler_config

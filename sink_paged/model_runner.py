@@ -23,6 +23,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from sink_paged.attention.backend import SinkAttentionImpl
+from sink_paged.config import StreamConfig
 from sink_paged.probe import prove_rotations
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
 from sink_paged.transformers_rotary import (
@@ -34,7 +35,7 @@ from sink_paged.vllm_rotary import VllmRotations, find_table
 
 
 def bind_rotations(
-    model: nn.Module, vllm_config: VllmConfig, capacity: int, max_tokens: int
+    model: nn.Module, vllm_config: VllmConfig, stream: StreamConfig, max_tokens: int
 ) -> list[StepRotations]:
     """Give each attention layer of ``model`` the rotations of the step's tokens.
 
@@ -42,7 +43,7 @@ def bind_rotations(
         model: the loaded model; its rotary modules are found near the attention
             layers, not listed by name.
         vllm_config: of the worker.
-        capacity: ``C = S + R``.
+        stream: the settings as resolved for the model.
         max_tokens: the most tokens of a step.
 
     Returns:
@@ -64,10 +65,14 @@ def bind_rotations(
                 raise UnsupportedLayerError(f"it runs on {type(impl).__name__}")
             impl.check_supported()
             if impl.alibi_slopes is not None:
+                if stream.positions != "cache":
+                    raise UnsupportedLayerError(
+                        "positions in the text are for rotary models, it has ALiBi"
+                    )
                 continue  # biased by distance; the proof finds one that rotates too
             owner, attribute, rotary = _nearest_rotary(model, name)
             if rotary not in rotations:
-                step = make_rotations(rotary, capacity, max_tokens)
+                step = make_rotations(rotary, stream.query_limit, max_tokens)
                 # The next layers find the substitute where they look for the module.
                 rotations[rotary] = rotations[step.rotary] = step
             impl.rotations = rotations[rotary]
@@ -101,11 +106,13 @@ def bind_rotations(
     return steps
 
 
-def make_rotations(rotary: nn.Module, capacity: int, max_tokens: int) -> StepRotations:
+def make_rotations(
+    rotary: nn.Module, query_limit: int, max_tokens: int
+) -> StepRotations:
     """The rotations of a rotary module, whoever wrote it."""
     if is_transformers_rotary(rotary):
-        return TransformersRotations(rotary, capacity, max_tokens)
-    return VllmRotations(rotary, capacity, max_tokens)
+        return TransformersRotations(rotary, query_limit, max_tokens)
+    return VllmRotations(rotary, query_limit, max_tokens)
 
 
 def _nearest_rotary(model: nn.Module, layer: str) -> tuple[nn.Module, str, nn.Module]:

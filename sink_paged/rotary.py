@@ -154,7 +154,7 @@ class StepRotations(ABC):
         self,
         geometry: RotaryGeometry,
         trained_length: int,
-        capacity: int,
+        query_limit: int,
         max_tokens: int,
         device: torch.device,
     ) -> None:
@@ -163,13 +163,13 @@ class StepRotations(ABC):
         Args:
             geometry: how the module rotates.
             trained_length: positions that the module serves.
-            capacity: ``C = S + R``.
+            query_limit: where queries stay for the sinks, ``C = S + R``.
             max_tokens: the most tokens of a step, padding included.
             device: of the model.
         """
         self.geometry = geometry
         self.trained_length = trained_length
-        self.capacity = capacity
+        self.query_limit = query_limit
         self.tables = RotationTables(geometry.frequencies, device)
         shape = (max_tokens, geometry.rotary_dim)
         self.sink_rotation = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -191,7 +191,7 @@ class StepRotations(ABC):
         num_far = rotate_tokens(
             positions.numpy(),
             self.trained_length,
-            self.capacity,
+            self.query_limit,
             self.geometry.amplitude,
             low,
             middle,
@@ -216,7 +216,7 @@ class StepRotations(ABC):
             self.trained,
             self.tables,
             self.geometry.amplitude,
-            self.capacity,
+            self.query_limit,
             *self.row_columns(),
             self.sink_rotation,
         )

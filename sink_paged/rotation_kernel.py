@@ -21,7 +21,7 @@ def rotate_rows(
     trained: Tensor,
     tables: RotationTables,
     amplitude: float,
-    capacity: int,
+    query_limit: int,
     cos: Tensor,
     sin: Tensor,
     pairs: Tensor,
@@ -35,7 +35,7 @@ def rotate_rows(
             ``[trained_length, 2 * num_pairs]``; their rows get these as they are.
         tables: rotations of the digits of any position.
         amplitude: factor on cos and sin beyond the trained length.
-        capacity: ``C = S + R``.
+        query_limit: where queries stay for the sinks, ``C = S + R``.
         cos: cosines of each token's rotation, ``[max_tokens, width]``; written.
         sin: likewise its sines, with the strides of ``cos``.
         pairs: the pair of dims that each column serves, int32 ``[width]``.
@@ -52,7 +52,7 @@ def rotate_rows(
         trained.shape[0],
         trained.stride(0),
         *digits,
-        capacity,
+        query_limit,
         cos,
         sin,
         cos.stride(0),
@@ -109,7 +109,7 @@ def _rotate_rows(  # type: ignore[no-untyped-def]
     low,
     middle,
     high,
-    capacity,
+    query_limit,
     cos_rows,
     sin_rows,
     rows_stride,
@@ -146,7 +146,7 @@ def _rotate_rows(  # type: ignore[no-untyped-def]
     tl.store(sin_rows + at, sin.to(tl.float32).to(dtype), mask=mask)
 
     mask = column < num_pairs
-    back = tl.maximum(position - capacity, 0)
+    back = tl.maximum(position - query_limit, 0)
     cos, sin = _rotation(
         back, column, mask, low, middle, high, RADIX_BITS, RADIX, num_pairs
     )

@@ -37,7 +37,7 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
 def rotate_tokens(
     positions: npt.NDArray[np.int64],
     trained_length: int,
-    capacity: int,
+    query_limit: int,
     amplitude: float,
     low: npt.NDArray[np.complex128],
     middle: npt.NDArray[np.complex128],
@@ -50,7 +50,7 @@ def rotate_tokens(
     Args:
         positions: text positions, ``[num_tokens]``.
         trained_length: positions below it are left to the model's table.
-        capacity: ``C = S + R``.
+        query_limit: where queries stay for the sinks, ``C = S + R``.
         amplitude: factor on cos and sin of ``rows``.
         low: rotations of a position's lowest digit, ``[RADIX, rotary_dim / 2]``.
         middle: of the next digit.
@@ -58,7 +58,7 @@ def rotate_tokens(
         rows: ``[max_tokens, rotary_dim]``, cos half and sin half; written for tokens
             from ``trained_length`` on.
         sink_rotation: ``[max_tokens, rotary_dim]``, the rotation by
-            ``min(position, capacity) - position``; written for every token.
+            ``min(position, query_limit) - position``; written for every token.
 
     Returns:
         Tokens from ``trained_length`` on.
@@ -75,7 +75,7 @@ def rotate_tokens(
                 turn = amplitude * (first[pair] * second[pair] * third[pair])
                 rows[token, pair] = turn.real
                 rows[token, num_pairs + pair] = turn.imag
-        back = max(position - capacity, 0)
+        back = max(position - query_limit, 0)
         first = low[back & (RADIX - 1)]
         second = middle[(back >> RADIX_BITS) & (RADIX - 1)]
         third = high[back >> (2 * RADIX_BITS)]

@@ -50,12 +50,12 @@ class TransformersRotations(StepRotations):
 
     style_is_open = True
 
-    def __init__(self, rotary: Any, capacity: int, max_tokens: int) -> None:
+    def __init__(self, rotary: Any, query_limit: int, max_tokens: int) -> None:
         """Read and prove the module's geometry, and make its substitute.
 
         Args:
             rotary: a rotary module of the loaded model.
-            capacity: ``C = S + R``.
+            query_limit: where queries stay for the sinks, ``C = S + R``.
             max_tokens: the most tokens of a step, padding included.
 
         Raises:
@@ -95,7 +95,7 @@ class TransformersRotations(StepRotations):
         super().__init__(
             RotaryGeometry(frequencies, amplitude, interleaved=False),
             trained_length,
-            capacity,
+            query_limit,
             max_tokens,
             device,
         )

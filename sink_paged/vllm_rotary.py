@@ -131,12 +131,12 @@ class VllmRotations(StepRotations):
         rotary: the copy, with a table of the step's rows.
     """
 
-    def __init__(self, rotary: nn.Module, capacity: int, max_tokens: int) -> None:
+    def __init__(self, rotary: nn.Module, query_limit: int, max_tokens: int) -> None:
         """Copy ``rotary`` and replace the copy's table and look-up.
 
         Args:
             rotary: a rotary module of the loaded model.
-            capacity: ``C = S + R``.
+            query_limit: where queries stay for the sinks, ``C = S + R``.
             max_tokens: the most tokens of a step, padding included.
         """
         geometry = read_geometry(rotary)
@@ -145,7 +145,7 @@ class VllmRotations(StepRotations):
         self.table_name = source.name
         self.trained: Tensor = getattr(rotary, source.name)[: source.length]
         device = self.trained.device
-        super().__init__(geometry, source.length, capacity, max_tokens, device)
+        super().__init__(geometry, source.length, query_limit, max_tokens, device)
         self.rotary = copy.deepcopy(rotary)
         table = self.trained.new_zeros(self.sink_rotation.shape)
         setattr(self.rotary, source.name, table)

@@ -119,19 +119,19 @@ class StreamWorker(Stock):
         """Load the model and bind its rotary geometry to the attention layers."""
         super().load_model(*args, **kwargs)
         runner = self.model_runner
-        capacity = stream_config(self.vllm_config).window.capacity
+        stream = stream_config(self.vllm_config)
         # Layers with LoRA look up each token's adapter; those of the proof have none.
         tokens = np.array([probe.count_tokens(self.vllm_config)])
         with runner.maybe_select_dummy_loras(self.vllm_config.lora_config, tokens):
             bind_rotations(
-                runner.get_model(), self.vllm_config, capacity, runner.max_num_tokens
+                runner.get_model(), self.vllm_config, stream, runner.max_num_tokens
             )
         drafter = getattr(runner, "drafter", None)
         if drafter is not None and hasattr(drafter, "model"):
             bind_rotations(
                 drafter.model,
                 drafter._create_draft_vllm_config(),
-                capacity,
+                stream,
                 drafter.max_num_tokens,
             )
         stock_specs = runner.get_kv_cache_spec
