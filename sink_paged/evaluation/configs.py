@@ -8,6 +8,7 @@ token, ``S+R`` keeps ``S`` sinks and a window of ``R`` (``0+R``: window attentio
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -77,6 +78,14 @@ class CacheConfig:
             "max_model_len": length,
             "hf_overrides": {"max_position_embeddings": length},
         }
+
+
+def cache_config(name: str) -> CacheConfig:
+    """``CacheConfig.parse`` as a converter of argparse, which shows its message."""
+    try:
+        return CacheConfig.parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def paper_configs(capacity: int) -> list[CacheConfig]:
