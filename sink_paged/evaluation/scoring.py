@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 Losses = npt.NDArray[np.float64]
 CHUNK = 2048
 """Tokens that vLLM prefills in one step."""
+
+
+class Scores(NamedTuple):
+    """What a model says of a text's tokens, all but the first.
+
+    Attributes:
+        losses: in nats, ``[len(tokens) - 1]``.
+        ranks: ``int64 [len(tokens) - 1]``: how many tokens of the vocabulary are at
+            least as likely, itself included. Greedy decoding writes a token of rank 1.
+    """
+
+    losses: Losses
+    ranks: npt.NDArray[np.int64]
 
 
 @contextmanager
@@ -95,6 +108,13 @@ def score_many(
     llm: LLM, texts: Sequence[Sequence[int]], name: str = ""
 ) -> list[Losses]:
     """As ``score``, of several texts at once."""
+    return [scores.losses for scores in score_with_ranks(llm, texts, name)]
+
+
+def score_with_ranks(
+    llm: LLM, texts: Sequence[Sequence[int]], name: str = ""
+) -> list[Scores]:
+    """As ``score_many``, with the tokens' ranks."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -116,14 +136,17 @@ def score_many(
             finished += [output for output in engine.step() if output.finished]
             bar.update(min(CHUNK, total - bar.n))
     finished.sort(key=lambda output: int(output.request_id.split("-")[0]))
-    return [_prompt_losses(output.prompt_logprobs) for output in finished]
+    return [_prompt_scores(output.prompt_logprobs) for output in finished]
 
 
-def _prompt_losses(logprobs: Any) -> Losses:
+def _prompt_scores(logprobs: Any) -> Scores:
     # Flat: the first of a position's entries is the prompt's own token, the first
     # position has none.
-    starts = np.asarray(logprobs.start_indices[1:])
-    return -np.asarray(logprobs.logprobs, np.float64)[starts]
+    starts = np.asarray(logprobs.start_indices[1:], np.int64)
+    return Scores(
+        -np.asarray(logprobs.logprobs, np.float64)[starts],
+        np.asarray(logprobs.ranks, np.int64)[starts],
+    )
 
 
 def recompute(
