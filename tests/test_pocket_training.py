@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pocket models' samples and tokenizers; a training run that is cut goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import train_pocket_model as training  # noqa: E402
+from pocket_samples import FACT_WEIGHT, Sampler, lookup_text  # noqa: E402
+
+CONTEXT = 96
+
+
+def test_lookups_weigh_their_answers() -> None:
+    text, weights = lookup_text(400, 5)
+    assert len(text) == len(weights)
+    lines = bytes(text).decode().splitlines(keepends=True)
+    position, facts, answers = 0, {}, 0
+    for line in lines:
+        key, value = line.removeprefix("? ").rstrip("\n").split(": ")
+        marked = weights[position : position + len(line)] == 1
+        if line.startswith("? "):
+            assert value == facts[key]
+            assert "".join(np.array(list(line))[marked]) == value
+            answers += 1
+        else:
+            facts[key] = value
+            assert (weights[position : position + len(line)] == FACT_WEIGHT).all()
+        position += len(line)
+    assert answers == 100
+
+
+def test_samples() -> None:
+    """As many of each kind as asked for; their prefix counts for nothing."""
+    text = np.frombuffer(b"def f(x):\n    return x\n" * 100, np.uint8)
+    shares = {"lookup": 0.25, "repeat": 0.5}
+    sampler = Sampler(text, [259, 256], CONTEXT, shares, lookup_lines=100)
+    tokens, weights = sampler.batch(8, np.random.default_rng(0))
+    assert tokens.shape == weights.shape == (8, CONTEXT)
+    assert (tokens[:, :2] == [259, 256]).all() and (weights[:, :2] == 0).all()
+    assert (weights[:2, 2:] == 1).all()
+    for row, kept in zip(tokens[:2], weights[:2], strict=True):
+        assert bytes(row[2:].astype(np.uint8)) in bytes(text)
+        assert kept.shape == (CONTEXT,)
+    lookups = set(np.unique(weights[2:4, 2:]).tolist())
+    assert lookups == {np.float32(FACT_WEIGHT), 1.0}
+    for row, kept in zip(tokens[4:, 2:], weights[4:, 2:], strict=True):
+        period = int((kept == 0).sum())
+        assert 8 <= period < CONTEXT // 3
+        assert (row[period:] == row[:-period]).all() and (kept[period:] == 1).all()
+
+
+@pytest.mark.parametrize(("sink_token", "prefix"), [(False, [256]), (True, [259, 256])])
+def test_tokenizers(sink_token: bool, prefix: list[int], tmp_path: Path) -> None:
+    training.byte_tokenizer(sink_token).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("é\n")["input_ids"] == [*prefix, *"é\n".encode()]
+    assert tokenizer.decode([*"é\n".encode()]) == "é\n"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+    ids = chat if isinstance(chat, list) else chat["input_ids"]
+    assert ids == [*prefix, *b"a\n"]
+
+
+def train(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Path:
+    """Run the script with few small steps."""
+    arguments = ["train", "--output", str(folder), "--batch-size", "4", *options]
+    arguments += ["--context", str(CONTEXT), "--lookup-lines", "200", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    training.main()
+    return folder
+
+
+def test_a_cut_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To the same model, and the log is that of one run."""
+    whole = train(monkeypatch, tmp_path / "a", "--steps", "4", "--evaluate-every", "2")
+    state = str(tmp_path / "state.pt")
+
+    class CutError(Exception):
+        pass
+
+    step = training.Trainer.train_step
+
+    def cut_at_two(trainer: training.Trainer) -> float:
+        if trainer.step == 2:
+            raise CutError
+        return step(trainer)
+
+    options = ("--steps", "4", "--evaluate-every", "2", "--state", state)
+    monkeypatch.setattr(training.Trainer, "train_step", cut_at_two)
+    with pytest.raises(CutError):
+        train(monkeypatch, tmp_path / "b", *options)
+    monkeypatch.setattr(training.Trainer, "train_step", step)
+    resumed = train(monkeypatch, tmp_path / "b", *options)
+    left, right = (load_file(f / "model.safetensors") for f in (whole, resumed))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    logs = [
+        json.loads((f / "training.json").read_text())["log"] for f in (whole, resumed)
+    ]
+    steps = [[entry["step"] for entry in log] for log in logs]
+    assert steps == [[2, 4], [2, 4]]
+    assert len(logs[0][0]["first_token_share"]) == 4
+    assert logs[0][1]["held_out_loss"] == logs[1][1]["held_out_loss"]
