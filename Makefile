@@ -72,7 +72,7 @@ MATRIX_TESTS := tests/test_exactness.py tests/test_config.py tests/test_patches.
 	tests/test_cuda_contract.py tests/test_kv_cache.py tests/test_metrics.py
 
 .DEFAULT_GOAL := help
-.PHONY: install serve test test-matrix support demo bench lint clean help check-python check-compiler
+.PHONY: install serve test test-matrix support demo bench results lint clean help check-python check-compiler
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
@@ -140,6 +140,18 @@ demo: install  ## what sink eviction does, measured on the bundled model
 
 bench: install  ## three minutes: throughput of concurrent streams beside other engines
 	$(BIN)/python scripts/bench_streams.py --quick $(ARGS)
+
+EVALUATE := HF_HUB_OFFLINE=1 $(BIN)/python scripts
+WHOLE    := --dtype float32 --tokens 1000000
+
+results: install  ## evaluate the bundled models (quality past the window), write RESULTS.md
+	$(EVALUATE)/eval_perplexity.py $(WHOLE) --oracle 2000
+	$(EVALUATE)/eval_perplexity.py $(WHOLE) --name ablation \
+		--title "Ablations: how many sinks, and positions in the cache or in the text" \
+		--configs 0+511 1+510 2+509 4+507 8+503 16+495 32+479 1+510@text 4+507@text
+	$(EVALUATE)/eval_stream_qa.py --dtype float32
+	$(EVALUATE)/attention_maps.py
+	$(BIN)/python scripts/write_results.py
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .matrix build $(NAMING)/build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

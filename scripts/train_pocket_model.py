@@ -127,7 +127,11 @@ class Trainer:
         lines = args.lookup_lines
         self.sampler = Sampler(train, self.prefix, args.context, shares, lines)
         self.train_bytes = len(train)
-        self.model = LlamaForCausalLM(model_config(args.context)).to(self.device)
+        if args.weights is None:
+            self.model = LlamaForCausalLM(model_config(args.context))
+        else:
+            self.model = LlamaForCausalLM.from_pretrained(args.weights)
+        self.model.float().to(self.device)
         self.optimizer = build_optimizer(self.model, args)
         if args.state is not None and args.state.exists():
             self.restore(torch.load(args.state, weights_only=False))
@@ -302,6 +306,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="checkpoint folder")
     add("--state", type=Path, help="file to go on from, written at each evaluation")
+    add("--weights", type=Path, help="checkpoint to start from instead of noise")
     add("--steps", type=int, default=20_000)
     add("--batch-size", type=int, default=32, help="samples a step (32)")
     add("--context", type=int, default=512, help="trained length (512)")
