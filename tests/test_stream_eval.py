@@ -39,7 +39,7 @@ from sink_paged.evaluation.stream_results import (
     interval,
     position_table,
 )
-from tests.engines import make_llama
+from tests.lookup_model import make_lookup_llama
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "models" / "pocket"
@@ -218,12 +218,32 @@ def test_a_stream_has_the_tokens_asked_for(tokenizers, num_tokens):
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    make_llama(folder)
-    config = CacheConfig.parse("4+60")
-    options = {"skip_tokenizer_init": True, "block_size": 32, "dtype": "float32"}
-    with open_engine(str(folder), config, 1000, **options) as llm:
+    """An engine that holds 15 lines or so, with a question after every fifth."""
+    folder = tmp_path_factory.mktemp("lookup")
+    make_lookup_llama(folder, 256)
+    config = CacheConfig.parse("4+200")
+    with open_engine(str(folder), config, 3001, block_size=32) as llm:
         yield llm
+
+
+def test_what_the_window_holds_is_known(llm, tokenizers):
+    inside, beyond = [1, 6, 12, 14], [18, 30, 70]
+    stream = make_stream(
+        tokenizers["bytes"], STYLES["short"], 0, 3000, 5, inside + beyond
+    )
+    (outcomes,) = score_answers(llm, [stream])
+    known = [outcome.right for outcome in outcomes if outcome.distance in inside]
+    unknown = [
+        outcome.right
+        for outcome in outcomes
+        if outcome.distance in beyond and outcome.position > 300
+    ]
+    # A key may be taken for one that resembles it.
+    assert sum(known) >= 0.95 * len(known) > 20
+    assert sum(unknown) == 0 < len(unknown)
+    last = [outcome.right for outcome in outcomes if outcome.position > 2000]
+    assert len(set(last)) == 2
+    assert generate_answers(llm, stream)[0] == outcomes
 
 
 def test_ranks_say_what_greedy_decoding_writes(llm, tokenizers):

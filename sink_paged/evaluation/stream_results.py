@@ -136,19 +136,34 @@ def reading_table(answers: dict[str, Answers]) -> Table:
     return Table("Reading", columns, rows)
 
 
-def draw(axes: Any, name: str, points: list[tuple[float, list[Outcome]]]) -> None:
-    """One config's accuracy with its interval."""
-    points = [(x, outcomes) for x, outcomes in points if outcomes]
-    y = [share(outcomes) or 0.0 for _, outcomes in points]
-    ends = [interval(outcomes) for _, outcomes in points]
-    bars = [
-        [middle - low for middle, (low, _) in zip(y, ends, strict=True)],
-        [high - middle for middle, (_, high) in zip(y, ends, strict=True)],
-    ]
-    x = [x for x, _ in points]
-    axes.errorbar(
-        x, y, bars, marker="o", ms=4, lw=1.2, elinewidth=0.8, capsize=2, label=name
-    )
+MARKERS = "os^Dv"
+
+
+def draw(axes: Any, curves: dict[str, list[tuple[float, list[Outcome]]]]) -> None:
+    """Accuracy and its interval at each ``x``, a curve for each config.
+
+    Curves are set off sideways by 2%, as equal ones would hide each other.
+    """
+    for number, (name, points) in enumerate(curves.items()):
+        found = [(x, outcomes) for x, outcomes in points if outcomes]
+        x = [x * 1.02 ** (number - (len(curves) - 1) / 2) for x, _ in found]
+        y = [share(outcomes) or 0.0 for _, outcomes in found]
+        ends = [interval(outcomes) for _, outcomes in found]
+        bars = [
+            [middle - low for middle, (low, _) in zip(y, ends, strict=True)],
+            [high - middle for middle, (_, high) in zip(y, ends, strict=True)],
+        ]
+        axes.errorbar(
+            x,
+            y,
+            bars,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+            label=name,
+        )
 
 
 def finish(axes: Any, title: str, label: str, marks: dict[str, float]) -> None:
@@ -172,19 +187,14 @@ def plot_positions(
 ) -> str:
     """Accuracy by position, at the geometric middle of each bin; the file's name."""
     figure, grid = new_axes()
+    curves = {}
     for config, each in answers.items():
         bins = [b for b in position_bins(plan, each.tokens) if b[1] <= each.tokens]
-        draw(
-            grid[0, 0],
-            config,
-            [
-                (
-                    (max(start, end / 4) * end) ** 0.5,
-                    between(each.by_position, start, end),
-                )
-                for start, end in bins
-            ],
-        )
+        curves[config] = [
+            ((max(start, end / 4) * end) ** 0.5, between(each.by_position, start, end))
+            for start, end in bins
+        ]
+    draw(grid[0, 0], curves)
     finish(
         grid[0, 0],
         "Questions about a text that goes on",
@@ -199,9 +209,11 @@ def plot_distances(
 ) -> str:
     """Accuracy by distance; the file's name."""
     figure, grid = new_axes()
-    for config, each in answers.items():
-        points = [(float(d), at(each.by_distance, d)) for d in plan.distances]
-        draw(grid[0, 0], config, points)
+    curves = {
+        config: [(float(d), at(each.by_distance, d)) for d in plan.distances]
+        for config, each in answers.items()
+    }
+    draw(grid[0, 0], curves)
     finish(
         grid[0, 0],
         "How far back the fact stands",
