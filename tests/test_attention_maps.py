@@ -19,16 +19,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sink_paged.evaluation import attention_maps
+from sink_paged.evaluation import attention_observer
 from sink_paged.evaluation.attention_maps import (
     LogitSums,
-    Rows,
     ShareSums,
     cut_texts,
-    make_observable,
-    observe,
     position_bins,
 )
+from sink_paged.evaluation.attention_observer import Rows, make_observable, observe
 from sink_paged.evaluation.report import Evaluation
 from tests.families import FAMILIES, SLIDING, make_model
 
@@ -99,6 +97,17 @@ def test_logits_of_rotated_queries_and_keys() -> None:
             assert np.isnan(actual[np.triu_indices(12, 1)]).all()
 
 
+@pytest.mark.parametrize("family", [GQA, "Gemma 2", "gpt-oss", "Qwen3"])
+def test_bfloat16(family: str) -> None:
+    """Its rounding is not taken for another softmax; the logits are about the same."""
+    texts = random_texts(4, 48)
+    sums, rounded = LogitSums(), LogitSums()
+    observe(make_observable(make_model(family)), texts, sums)
+    observe(make_observable(make_model(family).bfloat16()), texts, rounded)
+    first, expected = rounded.means()[0], sums.means()[0]
+    assert np.nanmax(np.abs(first - expected)) < 0.05 * np.nanmax(np.abs(expected))
+
+
 def test_a_mean_over_texts_is_that_of_each() -> None:
     texts = random_texts(5, 16)
     model = make_observable(make_model(GQA))
@@ -114,12 +123,12 @@ def test_a_mean_over_texts_is_that_of_each() -> None:
 
 
 @pytest.mark.parametrize("family", [GQA, SLIDING, "Gemma 2", "gpt-oss"])
-@pytest.mark.parametrize("block", [attention_maps.BLOCK, 5000])
+@pytest.mark.parametrize("block", [attention_observer.BLOCK, 5000])
 def test_shares_are_the_models_own(
     family: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the blocks of queries."""
-    monkeypatch.setattr(attention_maps, "BLOCK", block)
+    monkeypatch.setattr(attention_observer, "BLOCK", block)
     texts = random_texts(2, 90)
     edges = [8, 20, 53, 90]
     sums = ShareSums(edges)
