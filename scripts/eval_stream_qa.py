@@ -205,16 +205,17 @@ def run_server(args: argparse.Namespace) -> tuple[Plan, dict[str, Answers]]:
         raise UserError(f"{args.server} answered nothing: {answers.refusal}")
     answers.seconds = time.monotonic() - started
     answers.tokens = max(o.position for o in answers.by_position)
-    return plan, {model: answers}
+    return plan, {Path(model).name: answers}
 
 
 def summary(args: argparse.Namespace, plan: Plan) -> str:
     """What was done."""
     line = f" of {plan.line_tokens:.1f} tokens" if plan.line_tokens else ""
+    model = f"{Path(args.model).name} reads lines" if args.model else "Lines"
     text = (
-        f"Lines{line}, each a key and a value; after every {args.every}th a question, "
-        f"by position about the line {args.distance} lines back. By "
-        f"position and by distance: a text of {args.tokens:,} tokens each"
+        f"{model}{line}, each a key and a value; after every {args.every} a question, "
+        f"by position about the line {args.distance} lines back. By position and by "
+        f"distance: a text of {args.tokens:,} tokens each"
     )
     if args.streams > 1:
         text += f" and {args.streams - 1} of the first tokens that dense reads"
@@ -268,7 +269,7 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
         ],
         notes=notes(args, answers),
         data={
-            "model": args.model,
+            "model": Path(args.model).name if args.model else None,
             "style": plan.style.name,
             "trained_length": plan.trained,
             "window_lines": plan.window_lines,
