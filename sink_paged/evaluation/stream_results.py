@@ -175,7 +175,9 @@ def finish(axes: Any, title: str, label: str, marks: dict[str, float]) -> None:
             axes.axvline(x, color="grey", ls=":", lw=1.2, label=name)
     axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel=label, title=title)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.xaxis.set_major_formatter(
+        lambda x, _: f"{x:g}" if x < 1e4 else f"{x / 1e3:g}k"
+    )
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("share of answers that are right")
     axes.grid(alpha=0.3)
