@@ -149,7 +149,10 @@ results: install  ## evaluate the bundled models (quality past the window), writ
 	$(EVALUATE)/eval_perplexity.py $(WHOLE) --name ablation \
 		--title "Ablations: how many sinks, and positions in the cache or in the text" \
 		--configs 0+511 1+510 2+509 4+507 8+503 16+495 32+479 1+510@text 4+507@text
-	$(EVALUATE)/eval_stream_qa.py --dtype float32
+	$(EVALUATE)/eval_perplexity.py $(WHOLE) --name small_caches \
+		--title "Caches smaller than the trained length" \
+		--configs 0+31 1+30 4+27 0+63 1+62 4+59 0+127 1+126 4+123 0+255 4+251
+	$(EVALUATE)/eval_stream_qa.py --dtype float32 --streams 2
 	$(EVALUATE)/attention_maps.py
 	$(BIN)/python scripts/write_results.py
 

@@ -23,10 +23,10 @@ from sink_paged.evaluation.report import Evaluation, Table
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED: dict[str, list[Table]] = {
     "perplexity": [SINK_COUNTS],
-    "sink_token": [SINK_TOKEN],
+    "ablation": [SINK_TOKEN],
 }
 """The paper's tables, by the run that they belong beside."""
-ORDER = ("perplexity", "long", "ablation", "sink_token", "stream_qa", "attention_maps")
+ORDER = ("perplexity", "small_caches", "ablation", "stream_qa", "attention_maps")
 """Of the sections, by the names of the runs; others follow."""
 HEAD = """\
 # Results
@@ -46,8 +46,7 @@ def section(evaluation: Evaluation, folder: str) -> Iterator[str]:
         yield table.markdown()
     for plot in evaluation.plots:
         yield f"![{evaluation.title}]({folder}/{plot})"
-    for note in evaluation.notes:
-        yield note
+    yield from evaluation.notes
     made = evaluation.provenance
     where = made.get("gpu") or f"{made['cpus']} cores of {made['cpu']}"
     yield (

@@ -23,7 +23,7 @@ SINK_COUNTS = Table(
 )
 
 SINK_TOKEN = Table(
-    f"Published, other models ({SOURCE}, Table 3): perplexity of 160M-parameter models",
+    f"Other models, published ({SOURCE}, Table 3): perplexity, 160M parameters",
     ["trained", "0+1024", "1+1023", "2+1022", "4+1020"],
     [
         ["vanilla", 27.87, 18.49, 18.05, 18.05],
