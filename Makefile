@@ -142,14 +142,14 @@ bench: install  ## three minutes: throughput of concurrent streams beside other 
 	$(BIN)/python scripts/bench_streams.py --quick $(ARGS)
 
 EVALUATE := HF_HUB_OFFLINE=1 $(BIN)/python scripts
-WHOLE    := --dtype float32 --tokens 1000000
+READ     := eval_perplexity.py --dtype float32
 
 results: install  ## evaluate the bundled models (quality past the window), write RESULTS.md
-	$(EVALUATE)/eval_perplexity.py $(WHOLE) --oracle 2000
-	$(EVALUATE)/eval_perplexity.py $(WHOLE) --name ablation \
+	$(EVALUATE)/$(READ) --tokens 1000000 --oracle 2000
+	$(EVALUATE)/$(READ) --name ablation \
 		--title "Ablations: how many sinks, and positions in the cache or in the text" \
 		--configs 0+511 1+510 2+509 4+507 8+503 16+495 32+479 1+510@text 4+507@text
-	$(EVALUATE)/eval_perplexity.py $(WHOLE) --name small_caches \
+	$(EVALUATE)/$(READ) --name small_caches \
 		--title "Caches smaller than the trained length" \
 		--configs 0+31 1+30 4+27 0+63 1+62 4+59 0+127 1+126 4+123 0+255 4+251
 	$(EVALUATE)/eval_stream_qa.py --dtype float32 --streams 2

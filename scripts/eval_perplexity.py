@@ -72,6 +72,13 @@ class Reading:
         inside = (self.positions >= begin) & (self.positions < end)
         return float(np.exp(self.losses[inside].mean())) if inside.any() else None
 
+    def perplexity_at(self, places: Array) -> float | None:
+        """Of the tokens at ``places``; None where not all were scored."""
+        inside = np.isin(self.positions, places)
+        if inside.sum() < len(places):
+            return None
+        return float(np.exp(self.losses[inside].mean()))
+
 
 def read_text(
     args: argparse.Namespace, config: CacheConfig, tokens: list[int], prefix: list[int]
@@ -130,18 +137,19 @@ def perplexity_table(
     """As the paper's Table 2, by stretch of the text."""
     tail = max(length, num_tokens - num_tokens // 10)
     columns = ["cache config", "tokens scored", f"up to {length:,}", "all beyond"]
-    columns += [f"last tenth, from {tail:,}", "tokens/s"]
+    columns.append(f"last tenth, from {tail:,}")
+    sampled = readings.get("recompute")
+    if sampled is not None:
+        columns.append("at recompute's places")
     rows: list[list[Cell]] = []
     for name, reading in readings.items():
         spans = ((0, length), (length, num_tokens), (tail, num_tokens))
-        rows.append(
-            [
-                name,
-                len(reading.losses),
-                *(reading.perplexity(*span) for span in spans),
-                round(len(reading.losses) / reading.seconds),
-            ]
-        )
+        row: list[Cell] = [name, len(reading.losses)]
+        row += [reading.perplexity(*span) for span in spans]
+        if sampled is not None:
+            row.append(reading.perplexity_at(sampled.positions))
+        rows.append([*row, round(len(reading.losses) / reading.seconds)])
+    columns.append("tokens/s")
     title = f"Perplexity of {num_tokens:,} tokens, trained length {length:,}"
     return Table(title, columns, rows)
 
@@ -150,9 +158,11 @@ def plot_losses(readings: dict[str, Reading], length: int) -> Any:
     """Log perplexity against the text position, in bins that grow with it."""
     figure, axes = new_axes(width=8.0)
     axis = axes[0][0]
-    for name, reading in readings.items():
+    # Curves that coincide are seen as the edges of each other.
+    widths = np.linspace(3.5, 1.0, len(readings))
+    for (name, reading), width in zip(readings.items(), widths, strict=True):
         if name == "recompute":
-            bins = np.array_split(np.arange(len(reading.losses)), 8)
+            bins = np.array_split(np.arange(len(reading.losses)), 4)
             bins = [part for part in bins if len(part)]
             places = [reading.positions[part].mean() for part in bins]
             heights = [reading.losses[part].mean() for part in bins]
@@ -163,11 +173,10 @@ def plot_losses(readings: dict[str, Reading], length: int) -> Any:
         places = [(begin + end) / 2 for begin, end in pairs]
         heights = [reading.losses[begin:end].mean() for begin, end in pairs]
         style = "--" if name == "dense" else "-"
-        axis.plot(places, heights, style, linewidth=1.2, label=name)
+        axis.plot(places, heights, style, linewidth=width, label=name)
     axis.axvline(length, color="grey", linewidth=0.8, linestyle=":")
-    axis.annotate(
-        " trained length", (length, axis.get_ylim()[1]), va="top", color="grey"
-    )
+    place = {"xycoords": ("data", "axes fraction"), "va": "top", "color": "grey"}
+    axis.annotate(" trained length", (length, 0.97), **place)
     axis.set_xscale("log")
     axis.set_xlabel("text position (tokens)")
     axis.set_ylabel("log perplexity (nats per token)")
