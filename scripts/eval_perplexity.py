@@ -154,6 +154,28 @@ def perplexity_table(
     return Table(title, columns, rows)
 
 
+def sink_notes(readings: dict[str, Reading], begin: int, end: int) -> list[str]:
+    """What the sinks are worth to the tokens ``[begin, end)``, by size of the cache."""
+    by_capacity: dict[int, dict[int, float]] = {}
+    for name, reading in readings.items():
+        config = CacheConfig.parse(name)
+        found = reading.perplexity(begin, end)
+        if config.window is not None and config.positions == "cache" and found:
+            sizes = by_capacity.setdefault(config.window.capacity, {})
+            sizes[config.window.sink_tokens] = found
+    notes = []
+    for capacity, found in by_capacity.items():
+        if 0 not in found or len(found) < 2:
+            continue
+        best = min((value, count) for count, value in found.items() if count)
+        excess = 100 * (found[0] / best[0] - 1)
+        notes.append(
+            f"In a cache of {capacity:,} tokens, no sinks instead of {best[1]} cost "
+            f"{excess:+.1f} % of perplexity."
+        )
+    return notes
+
+
 def plot_losses(readings: dict[str, Reading], length: int) -> Any:
     """Log perplexity against the text position, in bins that grow with it."""
     figure, axes = new_axes(width=8.0)
@@ -241,6 +263,29 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def summary(args: argparse.Namespace, num_tokens: int) -> str:
+    """What was done."""
+    text = (
+        f"{Path(args.model).name} reads {num_tokens:,} tokens "
+        f"({', '.join(path.name for path in args.text)}) as one stream. Perplexity is "
+        "exp of the mean loss of a token."
+    )
+    kinds = {config.kind for config in args.configs}
+    if "dense" in kinds:
+        text += (
+            " dense keeps all tokens and runs past the trained length of "
+            f"{args.length:,}."
+        )
+    if "recompute" in kinds:
+        text += (
+            f" recompute encodes the last {args.length:,} tokens anew for each of "
+            f"{args.recompute_positions} places."
+        )
+    if any(config.positions == "text" for config in args.configs):
+        text += " @text counts positions in the text, all others in the cache."
+    return text
+
+
 def run(args: argparse.Namespace) -> Evaluation:
     """Read the text by every config."""
     from provenance import provenance
@@ -267,18 +312,12 @@ def run(args: argparse.Namespace) -> Evaluation:
     evaluation = Evaluation(
         name=args.name,
         title=args.title,
-        summary=(
-            f"{Path(args.model).name} reads {len(tokens):,} tokens "
-            f"({', '.join(path.name for path in args.text)}) as one stream. Perplexity "
-            "is exp of the mean loss of a token. dense keeps all tokens and runs past "
-            f"its trained length of {args.length:,}; recompute encodes the last "
-            f"{args.length:,} tokens anew for each of "
-            f"{args.recompute_positions} places."
-        ),
+        summary=summary(args, len(tokens)),
         command=shlex.join(["python", *sys.argv]),
         provenance=provenance(),
         tables=[perplexity_table(readings, args.length, len(tokens))],
         plots=[save_figure(figure, args.output_dir, args.name)],
+        notes=sink_notes(readings, args.length, len(tokens)),
     )
     if args.oracle:
         add_oracle(args, evaluation, readings, tokens)
