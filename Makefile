@@ -154,6 +154,7 @@ results: install  ## evaluate the bundled models (quality past the window), writ
 		--configs 0+31 1+30 4+27 0+63 1+62 4+59 0+127 1+126 4+123 0+255 4+251
 	$(EVALUATE)/eval_stream_qa.py --dtype float32 --streams 2
 	$(EVALUATE)/attention_maps.py
+	$(BIN)/python scripts/report_training.py results/training/*.json
 	$(BIN)/python scripts/write_results.py
 
 clean:  ## remove .venv, caches and build outputs

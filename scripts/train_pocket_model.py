@@ -8,9 +8,6 @@ Part of the samples teach to look things up, see ``pocket_samples``. Every sampl
 starts with the BOS token, as in the streams that the model later reads; with
 ``--sink-token`` a learned sink token comes before it (StreamingLLM, section 3.3).
 
-AdamW: with Muon no sink had formed after 41 million tokens (no head gave the first
-token more than 1 % of its attention).
-
 Writes a Hugging Face checkpoint (weights, config, tokenizer) and ``training.json``: the
 run's provenance, its losses, and how much attention the first token takes. What is
 needed to go on stays in ``--state``, and a run with the same one goes on.
@@ -138,14 +135,15 @@ class Trainer:
         else:
             self.model = LlamaForCausalLM.from_pretrained(args.weights, config=config)
         self.model.float().to(self.device)
-        self.optimizer = build_optimizer(self.model, args)
+        self.optimizers = build_optimizers(self.model, args)
         if args.state is not None and args.state.exists():
             self.restore(torch.load(args.state, weights_only=False))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.rng.bit_generator.state = state["rng"]
         self.step, self.seconds, self.log = (
             state["step"],
@@ -157,7 +155,7 @@ class Trainer:
         """What a later run needs to go on."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": self.rng.bit_generator.state,
             "step": self.step,
             "seconds": self.seconds,
@@ -178,7 +176,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """One update; the mean loss of its text samples."""
-        for group in self.optimizer.param_groups:
+        for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = self.args.learning_rate * rate_factor(
                 self.step, self.args.steps
             )
@@ -189,8 +187,9 @@ class Trainer:
         weights = weights[:, 1:].to(self.device)
         (losses * weights).sum().div(weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         plain = round(self.args.batch_size * (1 - sum(self.sampler.shares.values())))
         return float((losses * weights)[:plain].detach().mean())
@@ -289,20 +288,26 @@ def rate_factor(step: int, steps: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(
+def build_optimizers(
     model: LlamaForCausalLM, args: argparse.Namespace
-) -> torch.optim.Optimizer:
-    """AdamW; the matrices of the layers decay, embeddings and norms do not."""
+) -> list[torch.optim.Optimizer]:
+    """For the matrices of the layers, and for embeddings and norms, which decay not."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True
-    )
+    rate, decay = args.learning_rate, args.weight_decay
+    adam: Any = {"lr": rate, "betas": (0.9, 0.95), "fused": True}
+    if args.optimizer == "adamw":
+        first: Any = torch.optim.AdamW(matrices, weight_decay=decay, **adam)
+    else:
+        first = torch.optim.Muon(
+            matrices,
+            lr=rate,
+            weight_decay=decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    return [first, torch.optim.AdamW(others, weight_decay=0.0, **adam)]
 
 
 def parse_args() -> argparse.Namespace:
@@ -321,6 +326,7 @@ def parse_args() -> argparse.Namespace:
     add("--lookup-share", type=float, default=0.2, help="of the samples (0.2)")
     add("--repeat-share", type=float, default=0.1, help="of the samples (0.1)")
     add("--lookup-lines", type=int, default=500_000, help="of the StreamEval text")
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="(muon)")
     add("--learning-rate", type=float, default=3e-3)
     add("--weight-decay", type=float, default=0.1)
     add("--evaluate-every", type=int, default=250, metavar="STEPS")

@@ -26,7 +26,14 @@ PUBLISHED: dict[str, list[Table]] = {
     "ablation": [SINK_TOKEN],
 }
 """The paper's tables, by the run that they belong beside."""
-ORDER = ("perplexity", "small_caches", "ablation", "stream_qa", "attention_maps")
+ORDER = (
+    "perplexity",
+    "small_caches",
+    "ablation",
+    "attention_maps",
+    "stream_qa",
+    "training",
+)
 """Of the sections, by the names of the runs; others follow."""
 HEAD = """\
 # Results

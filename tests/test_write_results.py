@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,21 @@ def test_nothing_to_write(tmp_path: Path) -> None:
     ran = run("--results", tmp_path, "--output", tmp_path / "RESULTS.md")
     assert ran.returncode == 2 and "make results" in ran.stderr
     assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_logs_of_training_runs(tmp_path: Path) -> None:
+    """What a run's script did not record stays empty."""
+    entry = {"step": 10, "held_out_loss": 1.5}
+    record = {"command": "python a.py", "tokens_per_step": 100, "log": [entry]}
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    entry |= {"without_prefix": 1.75, "first_token_share": [0.1, 0.5]}
+    (tmp_path / "new.json").write_text(json.dumps(record))
+    script = SCRIPT.with_name("report_training.py")
+    files = [str(tmp_path / name) for name in ("old.json", "new.json")]
+    command = [sys.executable, script, *files, "--output-dir", str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    evaluation = Evaluation.read(tmp_path / "out" / "training.json")
+    rows = [["old", 1000, 1.5, None, None], ["new", 1000, 1.5, 0.25, 0.5]]
+    assert evaluation.tables[0].rows == rows
+    assert (tmp_path / "out" / "training.png").stat().st_size > 5000
