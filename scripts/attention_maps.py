@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> tuple[Findings, dict[str, Any]]:
     observe(model, long, sums, name="long texts")
     end = edges.index(min(trained, length)) - 1
     settings = {
-        "model": args.model,
+        "model": Path(args.model).name,
         "trained_length": trained,
         "sentences": args.sentences,
         "sentence_tokens": tokens,
