@@ -62,8 +62,7 @@ from sink_paged.evaluation.attention_results import (
 from sink_paged.evaluation.report import Evaluation
 from sink_paged.evaluation.scoring import trained_length
 from sink_paged.evaluation.texts import (
-    HELD_OUT,
-    held_out_files,
+    add_text_option,
     positive,
     read_texts,
     special_prefix,
@@ -204,15 +203,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=str(ROOT / "models" / "pocket"),
         help="folder or name of a checkpoint (models/pocket)",
     )
-    add(
-        "--text",
-        nargs="+",
-        type=Path,
-        default=held_out_files(),
-        metavar="PATH",
-        help="text files, .jsonl files with a `text` field, or folders of both, which "
-        f"texts are cut from (this Python's {', '.join(HELD_OUT)})",
-    )
+    add_text_option(parser)
     add("--sentences", type=positive(), default=256, help="short texts (256)")
     add("--sentence-tokens", type=int, default=16, help="tokens of each (16)")
     add("--texts", type=positive(), default=16, help="long texts (16)")

@@ -65,6 +65,7 @@ def test_arguments_carry_what_the_flags_say() -> None:
         ({"sink_tokens": True}, "sink_tokens must be an integer"),
         ({"sink_tokens": "4"}, "sink_tokens must be an integer"),
         ({"window_tokens": 0}, r"window_tokens must be in \[1, "),
+        ({"positions": "slots"}, "positions must be 'cache' or 'text', got 'slots'"),
         ({"window_tokens": -5}, r"window_tokens must be in \[1, "),
         ({"window_tokens": 2.0}, "window_tokens must be an integer"),
         (

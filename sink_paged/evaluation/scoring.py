@@ -170,12 +170,11 @@ def recompute(
     Returns:
         ``[len(positions)]``.
     """
-    losses = np.empty(len(positions))
-    for i, position in enumerate(tqdm(positions, desc=name, disable=not name)):
+    texts = []
+    for position in positions:
         start = position - window
-        if start <= 0:
-            text = list(tokens[: position + 1])
-        else:
-            text = [*prefix, *tokens[start + len(prefix) : position + 1]]
-        losses[i] = score(llm, text)[-1]
-    return losses
+        text = list(tokens[max(0, start) : position + 1])
+        if start > 0:
+            text = [*prefix, *text[len(prefix) :]]
+        texts.append(text)
+    return np.array([losses[-1] for losses in score_many(llm, texts, name)])

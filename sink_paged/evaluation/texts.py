@@ -90,7 +90,7 @@ def add_text_option(parser: argparse.ArgumentParser) -> None:
         default=held_out_files(),
         metavar="PATH",
         help="text files, .jsonl files with a `text` field, or folders of both (PG19: "
-        "its test folder); read as one stream; default: standard library sources",
+        "its test folder); default: standard library sources",
     )
 
 
