@@ -2,13 +2,14 @@
 """Training samples of the pocket models, all made from what Python itself carries.
 
 - ``text``: crops of the standard library's sources.
+- ``packed``: short crops one after the other: what came before the last is of no use.
 - ``lookup``: crops of StreamEval streams (``sink_paged.evaluation.stream_eval``); the
   answers count in full, the facts, which are random, hardly.
 - ``repeat``: a stretch of the sources or of random bytes, repeated to the sample's end;
   what has been seen before counts.
 
-The last two teach heads to find what matches and to do nothing elsewhere, which is
-what a sink is for. Every sample begins with the same tokens, its prefix.
+All but the first teach heads to do nothing where nothing matches, which is what a sink
+is for. Every sample begins with the same tokens, its prefix.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SKIPPED_FOLDERS = {
 LOOKUP_SEED = 1
 """Evaluations start from 0 by default; seeds of streams that were trained on."""
 FACT_WEIGHT = 0.02
+SHORTEST_CROP = 8
 
 
 def standard_library_files() -> list[Path]:
@@ -98,7 +100,7 @@ class Sampler:
             text: to crop.
             prefix: tokens that every sample begins with.
             context: tokens of a sample.
-            shares: of ``lookup`` and ``repeat`` among the samples.
+            shares: of ``packed``, ``lookup`` and ``repeat`` among the samples.
             lookup_lines: of the StreamEval stream.
         """
         self.text, self.prefix, self.context = text, prefix, context
@@ -112,6 +114,7 @@ class Sampler:
         kinds = {name: round(size * share) for name, share in self.shares.items()}
         plain = size - sum(kinds.values())
         rows = [self._crop(self.text, None, rng) for _ in range(plain)]
+        rows += [self._packed(rng) for _ in range(kinds["packed"])]
         rows += [self._crop(*self.lookup, rng) for _ in range(kinds["lookup"])]
         rows += [self._repeat(rng) for _ in range(kinds["repeat"])]
         tokens, weights = (np.stack(part) for part in zip(*rows, strict=True))
@@ -124,6 +127,17 @@ class Sampler:
         if weights is not None:
             kept = weights[start : start + length]
         return self._with_prefix(text[start : start + length], kept)
+
+    def _packed(self, rng: Any) -> Any:
+        """The crops' lengths are log-uniform."""
+        length = self.context - len(self.prefix)
+        parts: list[Bytes] = []
+        while sum(map(len, parts)) < length:
+            size = int(SHORTEST_CROP * (length / SHORTEST_CROP) ** rng.random())
+            start = rng.integers(0, len(self.text) - size)
+            parts.append(self.text[start : start + size])
+        text = np.concatenate(parts)[:length]
+        return self._with_prefix(text, np.ones(length, np.float32))
 
     def _repeat(self, rng: Any) -> Any:
         length = self.context - len(self.prefix)

@@ -93,7 +93,10 @@ def main() -> int:
         provenance=provenance(),
         tables=[Table("Runs", columns, [row(*item) for item in records.items()])],
         plots=[save_figure(plot(records), args.output_dir, "training")],
-        notes=[f"{name}: `{record['command']}`" for name, record in records.items()],
+        notes=[
+            f"{name}: {', then '.join(f'`{c}`' for c in record['commands'])}"
+            for name, record in records.items()
+        ],
     )
     evaluation.write(args.output_dir)
     print(evaluation.tables[0].plain())

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from muon import Muon
 from pocket_samples import Bytes, Sampler, load_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -120,12 +121,14 @@ class Trainer:
         """Start anew, or from what ``--state`` holds."""
         torch.manual_seed(args.seed)
         self.args, self.step, self.seconds = args, 0, 0.0
+        self.commands: list[str] = []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rng = np.random.default_rng(args.seed)
         self.log: list[dict[str, Any]] = []
         self.prefix = [SINK, BOS] if args.sink_token else [BOS]
         train, self.held_out = load_corpus()
-        shares = {"lookup": args.lookup_share, "repeat": args.repeat_share}
+        kinds = ("packed", "lookup", "repeat")
+        shares = {kind: getattr(args, f"{kind}_share") for kind in kinds}
         lines = args.lookup_lines
         self.sampler = Sampler(train, self.prefix, args.context, shares, lines)
         self.train_bytes = len(train)
@@ -136,8 +139,12 @@ class Trainer:
             self.model = LlamaForCausalLM.from_pretrained(args.weights, config=config)
         self.model.float().to(self.device)
         self.optimizers = build_optimizers(self.model, args)
+        self.forward = torch.compile(self.model) if args.compile else self.model
         if args.state is not None and args.state.exists():
             self.restore(torch.load(args.state, weights_only=False))
+        command = shlex.join(["python", *sys.argv])
+        if command not in self.commands[-1:]:
+            self.commands.append(command)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
@@ -145,11 +152,8 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.rng.bit_generator.state = state["rng"]
-        self.step, self.seconds, self.log = (
-            state["step"],
-            state["seconds"],
-            state["log"],
-        )
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.commands, self.log = state["commands"], state["log"]
 
     def state(self) -> dict[str, Any]:
         """What a later run needs to go on."""
@@ -159,6 +163,7 @@ class Trainer:
             "rng": self.rng.bit_generator.state,
             "step": self.step,
             "seconds": self.seconds,
+            "commands": self.commands,
             "log": self.log,
         }
 
@@ -169,7 +174,7 @@ class Trainer:
             torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
         )
         with cast:
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+            logits = self.forward(input_ids=tokens, use_cache=False).logits
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none"
         )
@@ -228,7 +233,7 @@ class Trainer:
         tokenizer.model_max_length = self.args.context
         tokenizer.save_pretrained(output)
         record = {
-            "command": shlex.join(["python", *sys.argv]),
+            "commands": self.commands,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name()
@@ -300,13 +305,7 @@ def build_optimizers(
     if args.optimizer == "adamw":
         first: Any = torch.optim.AdamW(matrices, weight_decay=decay, **adam)
     else:
-        first = torch.optim.Muon(
-            matrices,
-            lr=rate,
-            weight_decay=decay,
-            momentum=0.95,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        first = Muon(matrices, lr=rate, weight_decay=decay)
     return [first, torch.optim.AdamW(others, weight_decay=0.0, **adam)]
 
 
@@ -323,6 +322,7 @@ def parse_args() -> argparse.Namespace:
     add("--context", type=int, default=512, help="trained length (512)")
     add("--rope-theta", type=float, default=1e6, help="(1e6)")
     add("--sink-token", action="store_true", help="a learned sink token before BOS")
+    add("--packed-share", type=float, default=0.3, help="of the samples (0.3)")
     add("--lookup-share", type=float, default=0.2, help="of the samples (0.2)")
     add("--repeat-share", type=float, default=0.1, help="of the samples (0.1)")
     add("--lookup-lines", type=int, default=500_000, help="of the StreamEval text")
@@ -331,6 +331,7 @@ def parse_args() -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.1)
     add("--evaluate-every", type=int, default=250, metavar="STEPS")
     add("--seed", type=int, default=0)
+    add("--compile", action="store_true", help="faster steps after a minute or two")
     add("--threads", type=int, default=0, help="0: torch's default")
     return parser.parse_args()
 

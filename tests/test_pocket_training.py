@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import train_pocket_model as training  # noqa: E402
+from muon import Muon, orthogonalize  # noqa: E402
 from pocket_samples import FACT_WEIGHT, Sampler, lookup_text  # noqa: E402
 
 CONTEXT = 96
@@ -70,6 +71,42 @@ def test_tokenizers(sink_token: bool, prefix: list[int], tmp_path: Path) -> None
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
     ids = chat if isinstance(chat, list) else chat["input_ids"]
     assert ids == [*prefix, *b"a\n"]
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 64), (1, 64, 24), (3, 32, 32)])
+def test_orthogonal_updates(shape: tuple[int, int, int]) -> None:
+    """Each matrix keeps its singular vectors; its values come near 1."""
+    left, _, right = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)), False
+    )
+    values = torch.linspace(0.2, 1, left.shape[2])
+    found = orthogonalize(left * values @ right)
+    moved = left.mT @ found @ right.mT
+    new = moved.diagonal(dim1=1, dim2=2)
+    assert (new > 0.6).all() and (new < 1.25).all()
+    torch.testing.assert_close(moved, torch.diag_embed(new), atol=1e-4, rtol=0)
+
+
+def test_muon_is_that_of_torch() -> None:
+    """To bfloat16's precision, in which torch's orthogonalises."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(48, 16), (16, 48), (32, 32), (32, 32)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = [
+        Muon(ours, lr=0.01, weight_decay=0.1),
+        torch.optim.Muon(
+            theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+    ]
+    for _ in range(3):
+        for left, right in zip(ours, theirs, strict=True):
+            left.grad = torch.randn(left.shape, generator=generator)
+            right.grad = left.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for left, right, before in zip(ours, theirs, start, strict=True):
+        assert (left - right).norm() < 0.02 * (right - before).norm()
 
 
 def train(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Path:

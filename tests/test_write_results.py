@@ -67,7 +67,7 @@ def test_nothing_to_write(tmp_path: Path) -> None:
 def test_logs_of_training_runs(tmp_path: Path) -> None:
     """What a run's script did not record stays empty."""
     entry = {"step": 10, "held_out_loss": 1.5}
-    record = {"command": "python a.py", "tokens_per_step": 100, "log": [entry]}
+    record = {"commands": ["python a.py"], "tokens_per_step": 100, "log": [entry]}
     (tmp_path / "old.json").write_text(json.dumps(record))
     entry |= {"without_prefix": 1.75, "first_token_share": [0.1, 0.5]}
     (tmp_path / "new.json").write_text(json.dumps(record))
