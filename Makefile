@@ -148,11 +148,14 @@ results: install  ## evaluate the bundled models (quality past the window), writ
 	$(EVALUATE)/$(READ) --tokens 1000000 --oracle 2000
 	$(EVALUATE)/$(READ) --name ablation \
 		--title "Ablations: how many sinks, and positions in the cache or in the text" \
-		--configs 0+511 1+510 2+509 4+507 8+503 16+495 32+479 1+510@text 4+507@text
-	$(EVALUATE)/$(READ) --name small_caches \
-		--title "Caches smaller than the trained length" \
-		--configs 0+31 1+30 4+27 0+63 1+62 4+59 0+127 1+126 4+123 0+255 4+251
-	$(EVALUATE)/eval_stream_qa.py --dtype float32 --streams 2
+		--configs 0+127 1+126 2+125 4+123 8+119 16+111 32+95 1+126@text 4+123@text
+	$(EVALUATE)/$(READ) --name sink_token --model models/pocket-sink-token \
+		--title "A learned sink token before BOS" \
+		--configs 0+127 1+126 2+125 4+123
+	$(EVALUATE)/$(READ) --name long_context --model models/pocket \
+		--title "A context four times as long, and caches smaller than it" \
+		--configs 0+31 1+30 0+63 1+62 0+127 1+126 0+255 1+254 0+511 1+510 4+507
+	$(EVALUATE)/eval_stream_qa.py --dtype float32 --distance 5
 	$(EVALUATE)/attention_maps.py
 	$(BIN)/python scripts/report_training.py results/training/*.json
 	$(BIN)/python scripts/write_results.py

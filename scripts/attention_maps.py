@@ -200,8 +200,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--model",
-        default=str(ROOT / "models" / "pocket"),
-        help="folder or name of a checkpoint (models/pocket)",
+        default=str(ROOT / "models" / "pocket-sinks"),
+        help="folder or name of a checkpoint (models/pocket-sinks)",
     )
     add_text_option(parser)
     add("--sentences", type=positive(), default=256, help="short texts (256)")

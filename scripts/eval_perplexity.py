@@ -12,7 +12,7 @@ places spread over the text. All others read all of it, in chunks: prefill is ex
 ``--oracle N`` lets a token-by-token loop in Hugging Face Transformers, which shares no
 code with the engine, read the first ``N`` tokens, and compares the losses.
 
-    python scripts/eval_perplexity.py --model models/pocket --output-dir /tmp/perplexity
+    python scripts/eval_perplexity.py --model models/pocket-sinks --output-dir OUT
     python scripts/eval_perplexity.py --model MODEL --text pg19/test \\
         --configs dense recompute 0+4095 4+4091 --tokens 4000000
 """
@@ -238,7 +238,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=str(ROOT / "models" / "pocket"), help="folder or name")
+    add("--model", default=str(ROOT / "models" / "pocket-sinks"), help="folder or name")
     add_text_option(parser)
     add(
         "--configs",

@@ -283,7 +283,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="a folder or a name (default: the bundled model)")
+    add("--model", help="a folder or a name (models/pocket-sinks)")
     add(
         "--configs",
         nargs="+",
@@ -337,7 +337,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.streams is None:
         args.streams = 1 if args.generate or args.server else 8
     if args.model is None and args.server is None:
-        args.model = str(ROOT / "models" / "pocket")
+        args.model = str(ROOT / "models" / "pocket-sinks")
     return args
 
 

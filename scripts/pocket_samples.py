@@ -9,17 +9,18 @@
   what has been seen before counts.
 
 All but the first teach heads to do nothing where nothing matches, which is what a sink
-is for. Every sample begins with the same tokens, its prefix.
+is for. Every sample begins with special tokens, its prefix.
 """
 
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import Generator
 
 from sink_paged.evaluation.stream_eval import STYLES, generate
 from sink_paged.evaluation.texts import HELD_OUT
@@ -27,6 +28,7 @@ from sink_paged.evaluation.texts import HELD_OUT
 Bytes = npt.NDArray[np.uint8]
 Tokens = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float32]
+Sample = tuple[Bytes, Weights]
 
 SKIPPED_FOLDERS = {
     "test",
@@ -82,14 +84,14 @@ class Sampler:
     """Draws training batches.
 
     Attributes:
-        prefix: tokens that every sample begins with.
+        prefixes: tokens that samples begin with, one of these each.
         context: tokens of a sample.
     """
 
     def __init__(
         self,
         text: Bytes,
-        prefix: list[int],
+        prefixes: list[list[int]],
         context: int,
         shares: dict[str, float],
         lookup_lines: int,
@@ -98,49 +100,62 @@ class Sampler:
 
         Args:
             text: to crop.
-            prefix: tokens that every sample begins with.
+            prefixes: tokens that samples begin with, one of these each.
             context: tokens of a sample.
             shares: of ``packed``, ``lookup`` and ``repeat`` among the samples.
             lookup_lines: of the StreamEval stream.
         """
-        self.text, self.prefix, self.context = text, prefix, context
+        self.text, self.prefixes, self.context = text, prefixes, context
         self.shares = shares
+        self.kinds: dict[str, Callable[[int, Generator], Sample]] = {
+            "plain": self._plain,
+            "packed": self._packed,
+            "lookup": self._lookup,
+            "repeat": self._repeat,
+        }
         if shares["lookup"]:
             # A fact and a question are some 9 bytes each.
             self.lookup = lookup_text(lookup_lines, context // 18)
 
-    def batch(self, size: int, rng: np.random.Generator) -> tuple[Tokens, Weights]:
-        """Tokens ``[size, context]`` and the weights of their losses, likewise."""
-        kinds = {name: round(size * share) for name, share in self.shares.items()}
-        plain = size - sum(kinds.values())
-        rows = [self._crop(self.text, None, rng) for _ in range(plain)]
-        rows += [self._packed(rng) for _ in range(kinds["packed"])]
-        rows += [self._crop(*self.lookup, rng) for _ in range(kinds["lookup"])]
-        rows += [self._repeat(rng) for _ in range(kinds["repeat"])]
-        tokens, weights = (np.stack(part) for part in zip(*rows, strict=True))
+    def batch(self, size: int, rng: Generator) -> tuple[Tokens, Weights]:
+        """Tokens ``[size, context]`` and the weights of their losses, likewise.
+
+        Losses within the prefix do not count: it is nearly always the same.
+        """
+        counts = {name: round(size * share) for name, share in self.shares.items()}
+        counts = {"plain": size - sum(counts.values()), **counts}
+        tokens = np.empty((size, self.context), np.int64)
+        weights = np.zeros((size, self.context), np.float32)
+        names = [name for name, count in counts.items() for _ in range(count)]
+        for row, name in enumerate(names):
+            prefix = self.prefixes[0]
+            if len(self.prefixes) > 1:
+                prefix = self.prefixes[rng.integers(len(self.prefixes))]
+            begin = len(prefix)
+            tokens[row, :begin] = prefix
+            text, kept = self.kinds[name](self.context - begin, rng)
+            tokens[row, begin:], weights[row, begin:] = text, kept
         return tokens, weights
 
-    def _crop(self, text: Bytes, weights: Weights | None, rng: Any) -> Any:
-        length = self.context - len(self.prefix)
-        start = rng.integers(0, len(text) - length)
-        kept = np.ones(length, np.float32)
-        if weights is not None:
-            kept = weights[start : start + length]
-        return self._with_prefix(text[start : start + length], kept)
+    def _plain(self, length: int, rng: Generator) -> Sample:
+        start = rng.integers(0, len(self.text) - length)
+        return self.text[start : start + length], np.ones(length, np.float32)
 
-    def _packed(self, rng: Any) -> Any:
+    def _packed(self, length: int, rng: Generator) -> Sample:
         """The crops' lengths are log-uniform."""
-        length = self.context - len(self.prefix)
         parts: list[Bytes] = []
         while sum(map(len, parts)) < length:
             size = int(SHORTEST_CROP * (length / SHORTEST_CROP) ** rng.random())
             start = rng.integers(0, len(self.text) - size)
             parts.append(self.text[start : start + size])
-        text = np.concatenate(parts)[:length]
-        return self._with_prefix(text, np.ones(length, np.float32))
+        return np.concatenate(parts)[:length], np.ones(length, np.float32)
 
-    def _repeat(self, rng: Any) -> Any:
-        length = self.context - len(self.prefix)
+    def _lookup(self, length: int, rng: Generator) -> Sample:
+        text, weights = self.lookup
+        start = rng.integers(0, len(text) - length)
+        return text[start : start + length], weights[start : start + length]
+
+    def _repeat(self, length: int, rng: Generator) -> Sample:
         period = int(rng.integers(8, length // 3))
         start = rng.integers(0, len(self.text) - period)
         stretch = self.text[start : start + period]
@@ -148,10 +163,4 @@ class Sampler:
             stretch = rng.integers(32, 127, period).astype(np.uint8)
         weights = np.ones(length, np.float32)
         weights[:period] = 0
-        return self._with_prefix(np.resize(stretch, length), weights)
-
-    def _with_prefix(self, text: Bytes, weights: Weights) -> tuple[Tokens, Weights]:
-        """Losses within the prefix do not count: it is always the same."""
-        tokens = np.concatenate([self.prefix, text.astype(np.int64)])
-        nothing = np.zeros(len(self.prefix), np.float32)
-        return tokens, np.concatenate([nothing, weights])
+        return np.resize(stretch, length), weights

@@ -5,8 +5,9 @@
 The text is the standard library of the Python that runs this script, so a model can be
 made again anywhere without a download; the files in ``HELD_OUT`` are never trained on.
 Part of the samples teach to look things up, see ``pocket_samples``. Every sample
-starts with the BOS token, as in the streams that the model later reads; with
-``--sink-token`` a learned sink token comes before it (StreamingLLM, section 3.3).
+starts with the BOS token, as in the streams that the model later reads. With
+``--sink-token`` every sample starts with a learned sink token (StreamingLLM, section
+3.3), and every other has BOS after it: what a cache of one sink shows the model.
 
 Writes a Hugging Face checkpoint (weights, config, tokenizer) and ``training.json``: the
 run's provenance, its losses, and how much attention the first token takes. What is
@@ -125,12 +126,13 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rng = np.random.default_rng(args.seed)
         self.log: list[dict[str, Any]] = []
-        self.prefix = [SINK, BOS] if args.sink_token else [BOS]
+        prefixes = [[SINK, BOS], [SINK]] if args.sink_token else [[BOS]]
+        self.prefix = prefixes[0]
         train, self.held_out = load_corpus()
         kinds = ("packed", "lookup", "repeat")
         shares = {kind: getattr(args, f"{kind}_share") for kind in kinds}
         lines = args.lookup_lines
-        self.sampler = Sampler(train, self.prefix, args.context, shares, lines)
+        self.sampler = Sampler(train, prefixes, args.context, shares, lines)
         self.train_bytes = len(train)
         config = model_config(args.context, args.rope_theta)
         if args.weights is None:

@@ -23,13 +23,14 @@ from sink_paged.evaluation.report import Evaluation, Table
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED: dict[str, list[Table]] = {
     "perplexity": [SINK_COUNTS],
-    "ablation": [SINK_TOKEN],
+    "sink_token": [SINK_TOKEN],
 }
 """The paper's tables, by the run that they belong beside."""
 ORDER = (
     "perplexity",
-    "small_caches",
     "ablation",
+    "sink_token",
+    "long_context",
     "attention_maps",
     "stream_qa",
     "training",

@@ -18,7 +18,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import train_pocket_model as training  # noqa: E402
 from muon import Muon, orthogonalize  # noqa: E402
-from pocket_samples import FACT_WEIGHT, Sampler, lookup_text  # noqa: E402
+from pocket_samples import FACT_WEIGHT, SHORTEST_CROP, Sampler, lookup_text  # noqa: E402
 
 CONTEXT = 96
 
@@ -44,22 +44,42 @@ def test_lookups_weigh_their_answers() -> None:
 
 def test_samples() -> None:
     """As many of each kind as asked for; their prefix counts for nothing."""
-    text = np.frombuffer(b"def f(x):\n    return x\n" * 100, np.uint8)
-    shares = {"lookup": 0.25, "repeat": 0.5}
-    sampler = Sampler(text, [259, 256], CONTEXT, shares, lookup_lines=100)
+    lines = [f"def f{i}(x):\n    return x + {i * i}\n" for i in range(1000)]
+    text = np.frombuffer("".join(lines).encode(), np.uint8)
+    shares = {"packed": 0.25, "lookup": 0.25, "repeat": 0.25}
+    sampler = Sampler(text, [[259, 256]], CONTEXT, shares, lookup_lines=100)
     tokens, weights = sampler.batch(8, np.random.default_rng(0))
     assert tokens.shape == weights.shape == (8, CONTEXT)
     assert (tokens[:, :2] == [259, 256]).all() and (weights[:, :2] == 0).all()
-    assert (weights[:2, 2:] == 1).all()
-    for row, kept in zip(tokens[:2], weights[:2], strict=True):
-        assert bytes(row[2:].astype(np.uint8)) in bytes(text)
-        assert kept.shape == (CONTEXT,)
-    lookups = set(np.unique(weights[2:4, 2:]).tolist())
+    assert (weights[:4, 2:] == 1).all()
+    rows = [bytes(row[2:].astype(np.uint8)) for row in tokens]
+    assert all(row in bytes(text) for row in rows[:2])
+    for row in rows[2:4]:
+        assert row not in bytes(text)
+        begin, crops = 0, 0
+        while begin < len(row):  # the longest stretch of the text from here on
+            ends = range(len(row), begin, -1)
+            begin = next(end for end in ends if row[begin:end] in bytes(text))
+            crops += 1
+        assert 2 <= crops <= len(row) / SHORTEST_CROP + 1
+    lookups = set(np.unique(weights[4:6, 2:]).tolist())
     assert lookups == {np.float32(FACT_WEIGHT), 1.0}
-    for row, kept in zip(tokens[4:, 2:], weights[4:, 2:], strict=True):
+    for row, kept in zip(tokens[6:, 2:], weights[6:, 2:], strict=True):
         period = int((kept == 0).sum())
         assert 8 <= period < CONTEXT // 3
         assert (row[period:] == row[:-period]).all() and (kept[period:] == 1).all()
+
+
+def test_samples_with_and_without_bos() -> None:
+    text = np.frombuffer(b"x = 1\n" * 100, np.uint8)
+    shares = dict.fromkeys(("packed", "lookup", "repeat"), 0.0)
+    sampler = Sampler(text, [[259, 256], [259]], CONTEXT, shares, lookup_lines=0)
+    tokens, weights = sampler.batch(64, np.random.default_rng(0))
+    assert (tokens[:, 0] == 259).all() and (weights[:, 0] == 0).all()
+    with_bos = tokens[:, 1] == 256
+    assert 20 < with_bos.sum() < 44
+    assert (weights[with_bos, 1] == 0).all() and (weights[~with_bos, 1:] == 1).all()
+    assert (tokens[:, 2:] < 256).all() and (weights[:, 2:] == 1).all()
 
 
 @pytest.mark.parametrize(("sink_token", "prefix"), [(False, [256]), (True, [259, 256])])

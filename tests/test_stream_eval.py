@@ -468,7 +468,7 @@ def test_script_says_where_a_server_stopped(server, tmp_path, monkeypatch, capsy
     [
         (["--configs", "four"], "'four' is no cache config"),
         (["--configs", "recompute"], "recompute is not offered"),
-        (["--configs", "4+508"], "do not fit the trained length of 512"),
+        (["--configs", "4+124"], "do not fit the trained length of 128"),
         (["--model", "/nowhere"], "error: "),
         (["--tokens", "0"], "argument --tokens"),
         (["--distances", "9000"], "a distance must lie in 1 - 8788"),
