@@ -157,6 +157,8 @@ results: install  ## evaluate the bundled models (quality past the window), writ
 		--configs 0+31 1+30 0+63 1+62 0+127 1+126 0+255 1+254 0+511 1+510 4+507
 	$(EVALUATE)/eval_stream_qa.py --dtype float32 --distance 5
 	$(EVALUATE)/attention_maps.py
+	$(EVALUATE)/attention_maps.py --name attention_maps_sink_token \
+		--title "Attention maps: a learned sink token" --model models/pocket-sink-token
 	$(BIN)/python scripts/report_training.py results/training/*.json
 	$(BIN)/python scripts/write_results.py
 

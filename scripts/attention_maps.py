@@ -12,7 +12,7 @@ Three looks at a model, as Hugging Face Transformers runs it:
 
 Texts are cut from files at random places; the BOS token, where the tokenizer puts one
 in front, is the first of their tokens. Written to ``--output-dir``: two plots and
-``attention_maps.json``.
+``<name>.json``.
 
 Models that do not dispatch through Transformers' ``AttentionInterface`` (MPT, BLOOM,
 Falcon, GPT-J) are refused. Where a layer has a window of its own, the first tokens'
@@ -115,6 +115,7 @@ def measure(args: argparse.Namespace) -> tuple[Findings, dict[str, Any]]:
         "texts": args.texts,
         "length": length,
         "prefix": prefix,
+        "special_tokens": tokenizer.convert_ids_to_tokens(prefix),
         "seed": args.seed,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -159,12 +160,13 @@ def report(
 ) -> Evaluation:
     """Tables and plots, the plots in ``--output-dir``."""
     queries = int(np.mean(found.edges[found.end : found.end + 2]))
-    first = "begin with the BOS token" if settings["prefix"] else "have no BOS token"
+    special = " ".join(settings["special_tokens"])
+    first = f"begin with {special}" if special else "have no BOS token"
     length = f"{settings['length']:,}"
     heads = sink_heads(found, args.sink_share)
     return Evaluation(
-        name="attention_maps",
-        title="Attention maps",
+        name=args.name,
+        title=args.title,
         summary=(
             f"Attention of {model_name(settings)}, {settings['dtype']}, as "
             f"Transformers computes it: logits over {args.sentences:,} texts of "
@@ -177,8 +179,8 @@ def report(
         tables=[layer_table(found, args.sink_share), head_table(found)]
         + [norm_table(found)],
         plots=[
-            draw_logits(found, settings, args.output_dir),
-            draw_shares(found, settings, args.output_dir),
+            draw_logits(found, settings, args.output_dir / f"{args.name}_logits"),
+            draw_shares(found, settings, args.output_dir / f"{args.name}_shares"),
         ],
         notes=[
             f"All texts {first}. Were attention even, one token would take "
@@ -241,6 +243,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="of the weights (float32 on a CPU, else auto, as in the checkpoint)",
     )
     add("--seed", type=int, default=0, help="of the places where texts are cut (0)")
+    add("--name", default="attention_maps", help="of the files (attention_maps)")
+    add("--title", default="Attention maps")
     add("--output-dir", type=Path, default=Path("results"))
     args = parser.parse_args(arguments)
     args.command = list(arguments)

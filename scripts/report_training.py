@@ -39,6 +39,12 @@ def row(name: str, record: dict[str, Any]) -> list[Cell]:
     ]
 
 
+def note(name: str, record: dict[str, Any]) -> str:
+    """How a run was made; its ``note``, which is written by hand, comes last."""
+    commands = ", then ".join(f"`{command}`" for command in record["commands"])
+    return f"{name}: {commands}. {record.get('note', '')}".strip()
+
+
 def plot(records: dict[str, dict[str, Any]]) -> Any:
     """Held-out loss, and the largest layer's share of the first token."""
     figure, axes = new_axes(columns=2, width=5.0)
@@ -93,10 +99,7 @@ def main() -> int:
         provenance=provenance(),
         tables=[Table("Runs", columns, [row(*item) for item in records.items()])],
         plots=[save_figure(plot(records), args.output_dir, "training")],
-        notes=[
-            f"{name}: {', then '.join(f'`{c}`' for c in record['commands'])}"
-            for name, record in records.items()
-        ],
+        notes=[note(*item) for item in records.items()],
     )
     evaluation.write(args.output_dir)
     print(evaluation.tables[0].plain())

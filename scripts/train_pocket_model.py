@@ -13,8 +13,10 @@ Writes a Hugging Face checkpoint (weights, config, tokenizer) and ``training.jso
 run's provenance, its losses, and how much attention the first token takes. What is
 needed to go on stays in ``--state``, and a run with the same one goes on.
 
-    python scripts/train_pocket_model.py --output models/pocket
-    python scripts/train_pocket_model.py --output models/pocket-sink --sink-token
+    python scripts/train_pocket_model.py --weights models/pocket \\
+        --output models/pocket-sinks
+    python scripts/train_pocket_model.py --weights models/pocket --sink-token \\
+        --output models/pocket-sink-token
 """
 
 from __future__ import annotations
@@ -319,19 +321,19 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="checkpoint folder")
     add("--state", type=Path, help="file to go on from, written at each evaluation")
     add("--weights", type=Path, help="checkpoint to start from instead of noise")
-    add("--steps", type=int, default=20_000)
-    add("--batch-size", type=int, default=32, help="samples a step (32)")
-    add("--context", type=int, default=512, help="trained length (512)")
+    add("--steps", type=int, default=2000)
+    add("--batch-size", type=int, default=64, help="samples a step (64)")
+    add("--context", type=int, default=128, help="trained length (128)")
     add("--rope-theta", type=float, default=1e6, help="(1e6)")
     add("--sink-token", action="store_true", help="a learned sink token before BOS")
-    add("--packed-share", type=float, default=0.3, help="of the samples (0.3)")
+    add("--packed-share", type=float, default=0.4, help="of the samples (0.4)")
     add("--lookup-share", type=float, default=0.2, help="of the samples (0.2)")
-    add("--repeat-share", type=float, default=0.1, help="of the samples (0.1)")
+    add("--repeat-share", type=float, default=0.15, help="of the samples (0.15)")
     add("--lookup-lines", type=int, default=500_000, help="of the StreamEval text")
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="(muon)")
     add("--learning-rate", type=float, default=3e-3)
     add("--weight-decay", type=float, default=0.1)
-    add("--evaluate-every", type=int, default=250, metavar="STEPS")
+    add("--evaluate-every", type=int, default=100, metavar="STEPS")
     add("--seed", type=int, default=0)
     add("--compile", action="store_true", help="faster steps after a minute or two")
     add("--threads", type=int, default=0, help="0: torch's default")

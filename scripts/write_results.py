@@ -32,6 +32,7 @@ ORDER = (
     "sink_token",
     "long_context",
     "attention_maps",
+    "attention_maps_sink_token",
     "stream_qa",
     "training",
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for plot in result.plots:
         assert (folder / plot).stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "sink heads, whose first token takes more than 30%" in printed
+    assert re.search(r"whose first token takes more than 30%.*: [3-9] of 24", printed)
     assert all(table.plain() in printed for table in result.tables)
     logits = result.data["logits"]["3"]
     assert list(logits) == ["mean of heads", *map(str, range(6))]

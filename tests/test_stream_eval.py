@@ -420,15 +420,17 @@ def is_png(file):
 
 @pytest.mark.slow
 def test_script_writes_tables_and_plots(tmp_path):
-    options = "--quick --configs dense 4+300 --distances 5 20 60 --output-dir"
+    options = "--quick --configs dense 4+100 --distances 2 6 30 --output-dir"
     command = [sys.executable, SCRIPT, *options.split(), tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = Evaluation.read(tmp_path / "stream_qa.json")
     assert result.name == "stream_qa"
-    assert result.tables[0].columns == ["tokens", "questions", "dense", "4+300"]
+    assert result.tables[0].columns == ["tokens", "questions", "dense", "4+100"]
     assert [row[0] for row in result.tables[0].rows][-1].endswith("4,000")
-    assert [row[0] for row in result.tables[1].rows] == [5, 20, 60]
+    assert [row[0] for row in result.tables[1].rows] == [2, 6, 30]
+    near, _, evicted = (row[-1] for row in result.tables[1].rows)
+    assert near > 0.9 and evicted == 0
     for table in result.tables[:2]:
         for row in table.rows:
             assert all(cell is None or 0 <= cell <= 1 for cell in row[-2:])

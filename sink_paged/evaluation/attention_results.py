@@ -47,7 +47,7 @@ class Findings:
         return f"{low:,} - {high - 1:,}"
 
 
-def draw_logits(found: Findings, settings: dict[str, Any], folder: Path) -> str:
+def draw_logits(found: Findings, settings: dict[str, Any], file: Path) -> str:
     """Heat maps on one scale of colours: a row a layer, a column a head."""
     maps = [drawn_maps(found, layer) for layer in found.layers]
     values = np.concatenate([m.ravel() for row in maps for m in row.values()])
@@ -78,7 +78,7 @@ def draw_logits(found: Findings, settings: dict[str, Any], folder: Path) -> str:
         f"{settings['sentences']:,} texts of {settings['sentence_tokens']} tokens",
         fontsize=10,
     )
-    return save_figure(figure, folder, "attention_logits")
+    return save_figure(figure, file.parent, file.name)
 
 
 def drawn_maps(found: Findings, layer: int) -> dict[str, Array]:
@@ -88,7 +88,7 @@ def drawn_maps(found: Findings, layer: int) -> dict[str, Array]:
     return {"mean of heads": maps.mean(axis=0)} | heads
 
 
-def draw_shares(found: Findings, settings: dict[str, Any], folder: Path) -> str:
+def draw_shares(found: Findings, settings: dict[str, Any], file: Path) -> str:
     """Shares over the query's position: a panel a layer, the legend below."""
     columns = min(4, len(found.layers))
     rows = -(-len(found.layers) // columns)
@@ -109,7 +109,7 @@ def draw_shares(found: Findings, settings: dict[str, Any], folder: Path) -> str:
         f"heads {heads} (thin)",
         fontsize=10,
     )
-    return save_figure(figure, folder, "attention_shares")
+    return save_figure(figure, file.parent, file.name)
 
 
 def draw_layer(axis: Any, found: Findings, layer: int, trained: int) -> None:
