@@ -27,6 +27,10 @@ Examples::
     python scripts/eval_stream_qa.py --model meta-llama/Llama-2-7b-hf \
         --configs dense 0+2048 4+2044 --tokens 120000
     python scripts/eval_stream_qa.py --server http://127.0.0.1:8000/v1 --tokens 20000
+
+    make serve MODEL=models/pocket-sinks  # and then, in another shell
+    python scripts/eval_stream_qa.py --server http://127.0.0.1:8000/v1 --style short \
+        --reply-tokens 4 --distance 5 --distances 3 8 14
 """
 
 from __future__ import annotations
@@ -190,7 +194,9 @@ def run_server(args: argparse.Namespace) -> tuple[Plan, dict[str, Answers]]:
         for number in range(args.streams):
             pieces = generate(seed + number, style, 10**9, args.every, distance)
             name = f"conversation of seed {seed + number}"
-            asked = ask_server(client, model, style, pieces, args.api)
+            asked = ask_server(
+                client, model, style, pieces, args.api, args.reply_tokens
+            )
             bar = tqdm(total=args.tokens, desc=name, unit="token", unit_scale=True)
             try:
                 with bar:
@@ -324,6 +330,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--generate", action="store_true", help="decode the answers")
     add("--server", metavar="URL", help="ask it instead, such as http://host:8000/v1")
     add("--api", choices=["chat", "completions"], default="chat", help="of the server")
+    add(
+        "--reply-tokens",
+        type=positive(),
+        default=32,
+        help="of the server's replies at most; a model that is no chat model goes on "
+        "after its answer, for ever: give the answer's length (32)",
+    )
     add("--quick", action="store_true", help="a smoke run: texts of 4,000 tokens")
     add("--name", default="stream_qa", help="of the files written (stream_qa)")
     add("--title", default="StreamEval: questions about a text that goes on")

@@ -77,9 +77,13 @@ def byte_tokenizer(sink_token: bool = False) -> PreTrainedTokenizerFast:
         additional_special_tokens=["<sink>"] if sink_token else None,
         clean_up_tokenization_spaces=False,
     )
+    # A question of StreamEval is answered on its own line.
     tokenizer.chat_template = (
         f"{first.replace(' ', '')}"
-        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+        "{% for message in messages %}{% set text = message['content'] %}"
+        "{% if text.split('\\n')[-1].startswith('? ') %}{{ text.rstrip() }} "
+        "{% else %}{{ text }}{{ '\\n' }}{% endif %}"
+        "{% endfor %}"
     )
     return tokenizer
 

@@ -88,9 +88,14 @@ def test_tokenizers(sink_token: bool, prefix: list[int], tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("é\n")["input_ids"] == [*prefix, *"é\n".encode()]
     assert tokenizer.decode([*"é\n".encode()]) == "é\n"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
-    ids = chat if isinstance(chat, list) else chat["input_ids"]
-    assert ids == [*prefix, *b"a\n"]
+    for content, text in (
+        ("a", b"a\n"),
+        ("a: 1\n? a:", b"a: 1\n? a: "),
+        ("a: 1\n? a: ", b"a: 1\n? a: "),
+    ):
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": content}])
+        ids = chat if isinstance(chat, list) else chat["input_ids"]
+        assert ids == [*prefix, *text]
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 64), (1, 64, 24), (3, 32, 32)])

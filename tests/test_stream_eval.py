@@ -434,7 +434,7 @@ def test_script_writes_tables_and_plots(tmp_path):
     for table in result.tables[:2]:
         for row in table.rows:
             assert all(cell is None or 0 <= cell <= 1 for cell in row[-2:])
-            assert row[-1] is not None
+            assert (row[-1] is None) == (row[-3] == 0)
         assert table.plain() in done.stdout
     counted = Counter()
     for name, each in result.data["counts"].items():
@@ -448,7 +448,7 @@ def test_script_writes_tables_and_plots(tmp_path):
 
 
 def test_script_asks_a_server(server, tmp_path):
-    options = "--tokens 10000 --distances 10 25 40 --output-dir"
+    options = "--tokens 10000 --distances 10 25 40 --reply-tokens 16 --output-dir"
     assert main(["--server", server, *options.split(), str(tmp_path)]) == 0
     result = Evaluation.read(tmp_path / "stream_qa.json")
     assert [row[-1] for row in result.tables[0].rows] == [1.0] * len(
