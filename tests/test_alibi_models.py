@@ -17,7 +17,7 @@ from transformers import (
     FalconForCausalLM,
 )
 
-from tests.engines import worst
+from tests.engines import engine, worst
 from tests.oracle import stream_losses
 from tests.oracle_alibi import BloomOracle, FalconOracle
 from tests.stream_checks import (
@@ -126,3 +126,15 @@ def test_family(family: str, tmp_path: Path) -> None:
     checked = check_stream(tmp_path, lambda: oracle(model, *SINKS))
     assert worst(checked.short, stock_losses(tmp_path)) < 1e-4
     record(family, scheme, checked.error)
+
+
+def test_positions_in_the_text_are_refused(tmp_path: Path) -> None:
+    """A bias by distance has no position to count elsewhere; the layer is named."""
+    write(bloom(), tmp_path)
+    settings = {"sink_tokens": 4, "window_tokens": 40, "positions": "text"}
+    options = {"max_model_len": 64, "additional_config": {"sink_paged": settings}}
+    with (
+        pytest.raises(ValueError, match=r"layer \S+ .*rotary models, it has ALiBi"),
+        engine(tmp_path, None, **options),
+    ):
+        pass
