@@ -159,7 +159,7 @@ results: install  ## evaluate the bundled models (quality past the window), writ
 	$(EVALUATE)/attention_maps.py
 	$(EVALUATE)/attention_maps.py --name attention_maps_sink_token \
 		--title "Attention maps: a learned sink token" --model models/pocket-sink-token
-	$(BIN)/python scripts/report_training.py results/training/*.json
+	$(BIN)/python scripts/report_training.py models/*/training.json results/training/*.json
 	$(BIN)/python scripts/write_results.py
 
 clean:  ## remove .venv, caches and build outputs

@@ -30,7 +30,7 @@ Examples::
 
     make serve MODEL=models/pocket-sinks  # and then, in another shell
     python scripts/eval_stream_qa.py --server http://127.0.0.1:8000/v1 --style short \
-        --reply-tokens 4 --distance 5 --distances 3 8 14
+        --reply-tokens 4 --tokens 20000 --distance 5 --distances 3 8 14
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do sinks form in training? The logs of training runs as a section of RESULTS.md.
 
-python scripts/report_training.py results/training/*.json
+python scripts/report_training.py models/*/training.json results/training/*.json
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from sink_paged.evaluation.report import (
     new_axes,
     save_figure,
 )
+
+
+def run_name(file: Path) -> str:
+    """The name of a file, but that of the model's folder for its ``training.json``."""
+    return file.parent.name if file.name == "training.json" else file.stem
 
 
 def row(name: str, record: dict[str, Any]) -> list[Cell]:
@@ -79,7 +84,7 @@ def main() -> int:
     parser.add_argument("records", nargs="+", type=Path, help="training.json files")
     parser.add_argument("--output-dir", type=Path, default=Path("results"))
     args = parser.parse_args()
-    records = {file.stem: json.loads(file.read_text()) for file in args.records}
+    records = {run_name(file): json.loads(file.read_text()) for file in args.records}
     columns = [
         "run",
         "tokens",

@@ -450,6 +450,7 @@ def test_script_writes_tables_and_plots(tmp_path):
 def test_script_asks_a_server(server, tmp_path):
     options = "--tokens 10000 --distances 10 25 40 --reply-tokens 16 --output-dir"
     assert main(["--server", server, *options.split(), str(tmp_path)]) == 0
+    assert {request["max_tokens"] for request in Memory.requests} == {16}
     result = Evaluation.read(tmp_path / "stream_qa.json")
     assert [row[-1] for row in result.tables[0].rows] == [1.0] * len(
         result.tables[0].rows

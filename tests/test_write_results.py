@@ -70,9 +70,10 @@ def test_logs_of_training_runs(tmp_path: Path) -> None:
     record = {"commands": ["python a.py"], "tokens_per_step": 100, "log": [entry]}
     (tmp_path / "old.json").write_text(json.dumps(record))
     entry |= {"without_prefix": 1.75, "first_token_share": [0.1, 0.5]}
-    (tmp_path / "new.json").write_text(json.dumps(record))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "training.json").write_text(json.dumps(record))
     script = SCRIPT.with_name("report_training.py")
-    files = [str(tmp_path / name) for name in ("old.json", "new.json")]
+    files = [str(tmp_path / name) for name in ("old.json", "new/training.json")]
     command = [sys.executable, script, *files, "--output-dir", str(tmp_path / "out")]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
