@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+import tokenizers.decoders
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import (
@@ -152,7 +152,8 @@ class FastStreamDetokenizer(BoundedText, FastIncrementalDetokenizer):
         ]
 
     def _restart(self, context: list[int], pending: list[int]) -> None:
-        self.stream = DecodeStream(
+        # On the module, where VLLM_USE_FASTOKENS puts another one.
+        self.stream = tokenizers.decoders.DecodeStream(
             ids=context, skip_special_tokens=self.skip_special_tokens
         )
         self._context, self._pending = context, []

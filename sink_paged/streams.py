@@ -132,8 +132,11 @@ class StreamInputBatch(InputBatch):
         params = request.sampling_params
         if not isinstance(request.prompt_token_ids, list):
             raise RuntimeError(f"stream {request.req_id} came back without its text")
-        prompt = torch.tensor(request.prompt_token_ids, dtype=torch.int64)
-        counts = TokenCounts(prompt, self.vocab_size) if has_penalties(params) else None
+        penalised, scored = has_penalties(params), params.prompt_logprobs is not None
+        prompt = request.prompt_token_ids
+        if penalised or scored:  # else nobody looks at what the prefix cache holds
+            prompt = torch.tensor(prompt, dtype=torch.int64)
+        counts = TokenCounts(prompt, self.vocab_size) if penalised else None
         kept = MAX_STREAM_TOKENS if self._keeps_texts else needed_tail(params)
         request.output_token_ids = OutputTokens(request.output_token_ids, kept, counts)
         if self._keeps_texts:
@@ -141,10 +144,10 @@ class StreamInputBatch(InputBatch):
         request.prompt_token_ids = prompt
         row: int = super().add_request(request)
         request.output_token_ids.forget()
-        if params.prompt_logprobs is None:
-            forget_prompt(request)
-        else:
+        if scored:
             self._scored.append(request)
+        else:
+            forget_prompt(request)
         return row
 
     def forget_read(self, rows_before: int) -> None:

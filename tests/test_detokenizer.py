@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,14 @@ def test_state_is_bounded(token: int) -> None:
         assert len(detokenizer.output_text) <= 2 * bounded.TEXT_CHARS
     assert sum(decoded) < 20_000 * 2 * bounded.OPEN_TOKENS
     assert max(decoded, default=0) <= 3 * bounded.PENDING_TOKENS
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_fastokens(name: str) -> None:
+    """``VLLM_USE_FASTOKENS=1``: the same tokens, and our text is vLLM's."""
+    command = [sys.executable, "-m", "tests.fastokens_cases", name]
+    done = subprocess.run(
+        command, cwd=POCKET.parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("passed\n")
