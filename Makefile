@@ -23,7 +23,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 CXX_FOUND := $(shell command -v $(CXX) || command -v g++ || command -v clang++)
 EAGER     := $(if $(CXX_FOUND),,--enforce-eager)
 
-SERVE_ARGS := $(if $(SINK_TOKENS),--sink-tokens $(SINK_TOKENS)) \
+# The bundled models are float32, as the README's figures are. vLLM would make bfloat16 of
+# it, for which many CPUs have no instructions.
+BUNDLED    := $(filter models/%,$(MODEL))
+SERVE_ARGS := $(if $(BUNDLED),--dtype float32) $(if $(SINK_TOKENS),--sink-tokens $(SINK_TOKENS)) \
 	$(if $(SINK_WINDOW),--sink-window $(SINK_WINDOW)) \
 	$(if $(MAX_MODEL_LEN),--max-model-len $(MAX_MODEL_LEN)) $(EAGER) $(ARGS)
 

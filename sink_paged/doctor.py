@@ -128,7 +128,7 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
     from sink_paged.config import StreamConfig
     from sink_paged.kv_cache import StreamBound, block_bytes, group_spec
-    from sink_paged.platforms import find_platform
+    from sink_paged.platforms import find_platform, lacks_instructions
 
     # The server's defaults depend on the context.
     config = EngineArgs.from_cli_args(args).create_engine_config(
@@ -144,6 +144,8 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         model.get_num_kv_heads(parallel),
     )
     on = f"{heads} query heads on {kv_heads} KV heads of {model.get_head_size()}"
+    if lacks_instructions(model.dtype):
+        yield "", "(which this CPU has no instructions for: --dtype float32 is faster)"
     yield "", f"{model.get_num_layers(parallel)} layers, a worker has {on}"
     trained = model.get_and_verify_max_len(None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)

@@ -20,13 +20,17 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
-from sink_paged.platforms import Platform, find_platform
+from sink_paged.platforms import Platform, find_platform, lacks_instructions
 
 TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 """Legal values of ``method`` in ``--speculative-config``."""
 UNTESTED_VARIABLE = "SINK_PAGED_ALLOW_UNTESTED_VLLM"
 """Set to 1 in the environment, any vLLM is tried."""
+DETOURS = (
+    "this CPU has no instructions for %s: it reads prompts several times as fast with "
+    "--dtype float32, whose weights and KV cache take twice the memory"
+)
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers only
 
@@ -74,6 +78,8 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
         )
     _check_settings(vllm_config, platform)
     model_config = vllm_config.model_config
+    if lacks_instructions(model_config.dtype):
+        logger.warning_once(DETOURS, str(model_config.dtype).removeprefix("torch."))
     # vLLM lets --max-model-len exceed the trained length where an environment variable
     # allows it; distances inside the cache must not.
     trained = model_config.get_and_verify_max_len(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from vllm.platforms import current_platform
 
 
@@ -44,3 +45,16 @@ def find_platform() -> Platform | None:
     if current_platform.is_cpu():
         return CPU
     return CUDA if current_platform.is_cuda() else None
+
+
+def lacks_instructions(dtype: torch.dtype) -> bool:
+    """Whether this is a CPU that computes matrix products of ``dtype`` in detours.
+
+    By oneDNN's account: bfloat16 and float16 take AVX-512 or AMX. Without them a large
+    product takes several times as long as in float32.
+    """
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return current_platform.is_cpu() and dtype in supported and not supported[dtype]()

@@ -133,7 +133,7 @@ class StreamInputBatch(InputBatch):
         if not isinstance(request.prompt_token_ids, list):
             raise RuntimeError(f"stream {request.req_id} came back without its text")
         penalised, scored = has_penalties(params), params.prompt_logprobs is not None
-        prompt = request.prompt_token_ids
+        prompt: Any = request.prompt_token_ids
         if penalised or scored:  # else nobody looks at what the prefix cache holds
             prompt = torch.tensor(prompt, dtype=torch.int64)
         counts = TokenCounts(prompt, self.vocab_size) if penalised else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import vllm
 from transformers import (
     GPT2Config,
@@ -203,6 +204,25 @@ def test_settings_that_do_not_work_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_config({}, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_dtype_without_instructions(
+    dtype: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is warned of: where oneDNN has no products of it, prompts are read slowly."""
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: there)
+    said: list[str] = []
+    monkeypatch.setattr(
+        engine_module.logger,
+        "warning_once",
+        lambda message, *values: said.append(message % values),
+    )
+    make_config({}, dtype=dtype)
+    warned = [text for text in said if f"no instructions for {dtype}" in text]
+    assert len(warned) == (dtype != "float32" and not there)
 
 
 def test_cuda_brings_its_own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
