@@ -132,16 +132,16 @@ class StreamInputBatch(InputBatch):
         params = request.sampling_params
         if not isinstance(request.prompt_token_ids, list):
             raise RuntimeError(f"stream {request.req_id} came back without its text")
-        penalised, scored = has_penalties(params), params.prompt_logprobs is not None
-        prompt: Any = request.prompt_token_ids
-        if penalised or scored:  # else nobody looks at what the prefix cache holds
-            prompt = torch.tensor(prompt, dtype=torch.int64)
-        counts = TokenCounts(prompt, self.vocab_size) if penalised else None
+        counts = None
+        if has_penalties(params):
+            counts = TokenCounts(prompt_tensor(request), self.vocab_size)
         kept = MAX_STREAM_TOKENS if self._keeps_texts else needed_tail(params)
         request.output_token_ids = OutputTokens(request.output_token_ids, kept, counts)
         if self._keeps_texts:
             return int(super().add_request(request))
-        request.prompt_token_ids = prompt
+        scored = params.prompt_logprobs is not None
+        if scored:
+            request.prompt_token_ids = prompt_tensor(request)
         row: int = super().add_request(request)
         request.output_token_ids.forget()
         if scored:
@@ -175,6 +175,11 @@ class StreamInputBatch(InputBatch):
     def _make_prompt_token_ids_cpu_tensor(self) -> Tensor:
         """Nothing: penalties are computed from counts."""
         return torch.empty((self.num_reqs, 0), dtype=torch.int64)
+
+
+def prompt_tensor(request: CachedRequestState) -> Tensor:
+    """The prompt's tokens, int64 ``[num_prompt_tokens]``."""
+    return torch.tensor(request.prompt_token_ids, dtype=torch.int64)
 
 
 def forget_prompt(request: CachedRequestState) -> None:
