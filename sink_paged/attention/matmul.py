@@ -2,23 +2,26 @@
 """Register-tiled matrix product on the raw memory of a page, for every dtype."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from sink_paged.attention.simd import (
     BFLOAT16,
+    E4M3,
+    E5M2,
     F32,
     FLOAT16,
+    FLOAT32,
     I64,
     VEC,
-    VEC_I32,
     constant,
     emit_variants,
     fma,
-    int_constant,
     jit,
     load,
     offset_by,
@@ -26,6 +29,7 @@ from sink_paged.attention.simd import (
     splat,
     store,
     widen,
+    widen_pairs,
 )
 
 # 16 lanes are one of 32 registers with AVX-512, else two of 16, which hold 6 sums of 16
@@ -39,7 +43,18 @@ _NARROW = [
     for k in range(3)
     for r, v in ((6, 1), (4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4))
 ]
-TILES = _WIDE if AVX512 else _NARROW
+_TILES = _WIDE if AVX512 else _NARROW
+# Elements of 8 bits cost several steps a load. More rows than these few share float32
+# copies of a few vectors, which stay in the L1 cache.
+FEW_ROWS = 4
+COPIED_VECTORS = 2
+TILES = _TILES + [
+    (kind, r, v)
+    for kind in (E4M3, E5M2)
+    for _, r, v in filter(lambda tile: tile[0] == FLOAT32, _TILES)
+    if r <= FEW_ROWS
+]
+_PAIRED = (BFLOAT16, E4M3, E5M2)
 
 
 def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
@@ -49,7 +64,7 @@ def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
 def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> None:
     """Emit the micro-kernel `C[rows, 16 * vectors] (+)= A[rows, depth] @ B`."""
     a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate = args
-    step = 2 if kind == BFLOAT16 else 1
+    step = 2 if kind in _PAIRED else 1
     rows_a = [_row_address(builder, a, lda, r) for r in range(rows)]
     rows_c = [_row_address(builder, c, ldc, r) for r in range(rows)]
     column = [builder.mul(vector_stride, ir.Constant(I64, n)) for n in range(vectors)]
@@ -66,16 +81,13 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
         tiles: list[tuple[Any, ...]] = []
         for n in range(vectors):
             at = builder.add(address, column[n])
-            if kind != BFLOAT16:
+            if step == 2:
+                tiles.append(widen_pairs(builder, kind, at))
+            else:
                 tiles.append((widen(builder, kind, at),))
-                continue
-            pair = load(builder, at, VEC_I32)
-            low = builder.shl(pair, int_constant(16))
-            high = builder.and_(pair, int_constant(-65536))
-            tiles.append((builder.bitcast(low, VEC), builder.bitcast(high, VEC)))
         sums = list(sums)
         for r in range(rows):
-            for half in range(2 if kind == BFLOAT16 and both else 1):
+            for half in range(step if both else 1):
                 at = offset_by(builder, builder.add(rows_a[r], offset), 4 * half)
                 value = splat(builder, load(builder, at, F32))
                 for n in range(vectors):
@@ -140,6 +152,21 @@ def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) 
 _product_tile = primitive(types.void, (types.int64,) * 12, _emit_product)
 
 
+def _copy_pairs(kind: int) -> Callable[..., Any]:
+    def emit(builder: Any, source: Any, target: Any, stride: Any, count: Any) -> None:
+        with cgutils.for_range(builder, count) as loop:
+            at = builder.add(source, builder.mul(stride, loop.index))
+            line = builder.add(target, builder.shl(loop.index, ir.Constant(I64, 7)))
+            for half, lanes in enumerate(widen_pairs(builder, kind, at)):
+                store(builder, lanes, offset_by(builder, line, 64 * half))
+
+    return primitive(types.void, (types.int64,) * 4, emit)
+
+
+# `_copy_e4m3(source, target, stride, count)`: 16 pairs, `count` times, as float32.
+_copy_e4m3, _copy_e5m2 = (_copy_pairs(kind) for kind in (E4M3, E5M2))
+
+
 @jit
 def _tile_width(kind: int, rows: int, vectors: int) -> int:
     """Vectors of the next tiles, which share what is read, of `vectors` left."""
@@ -178,29 +205,45 @@ def multiply(
     vectors: int,
     depth: int,
     keep: int,
+    spare: int,
 ) -> None:
     """Product `C[rows, 16 * vectors] += A[rows, depth] @ B` with float32 A and C.
 
     B, of dtype `kind`, has vector n of depth step k at
-    `b + n * vector_stride + k * depth_stride`. bfloat16 comes in pairs: k and k+1 of a
-    lane side by side, `depth_stride` for both; of an odd depth the second element of
-    the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+    `b + n * vector_stride + k * depth_stride`. bfloat16 and 8 bits come in pairs: k and
+    k+1 of a lane side by side, `depth_stride` for both; of an odd depth the second
+    element of the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+    At `spare` are `64 * COPIED_VECTORS` bytes for each depth step, an even number of
+    them, for B of 8 bits.
     """
+    copies = kind >= E4M3 and rows > FEW_ROWS
+    copied = 64 * (depth + depth % 2)
     v = 0
     while v < vectors:
         width = _tile_width(kind, rows, vectors - v)
+        at = b + v * vector_stride
+        if copies:
+            width = min(width, COPIED_VECTORS)
+            for n in range(width):
+                line = spare + n * copied
+                if kind == E4M3:
+                    _copy_e4m3(at, line, depth_stride, (depth + 1) // 2)
+                else:
+                    _copy_e5m2(at, line, depth_stride, (depth + 1) // 2)
+                at += vector_stride
+            at = spare
         r = 0
         while r < rows:
             height = _tile_height(kind, width, rows - r)
             _product_tile(
-                kind,
+                FLOAT32 if copies else kind,
                 height,
                 width,
                 a + r * lda,
                 lda,
-                b + v * vector_stride,
-                depth_stride,
-                vector_stride,
+                at,
+                64 if copies else depth_stride,
+                copied if copies else vector_stride,
                 c + r * ldc + v * 64,
                 ldc,
                 depth,
