@@ -75,7 +75,7 @@ def scratch_size(max_rows: int, head_size: int) -> int:
     assert max_rows * WEIGHT_COLUMNS >= 16 * ROW_COLUMNS
     # Copies of `multiply` lie where matrix tiles have weights and gathered values.
     spare = max_rows * 2 * WEIGHT_COLUMNS + 128 * head_size
-    assert spare >= 64 * COPIED_VECTORS * max(head_size, CHUNK)
+    assert spare >= 32 * COPIED_VECTORS * max(head_size, CHUNK)
     per_row = 16 * head_size + 6 * WEIGHT_COLUMNS + 8
     return (max_rows * per_row + 128 * head_size + SEGMENTS_SIZE + 64 + 63) // 64 * 64
 

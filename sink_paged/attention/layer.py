@@ -30,14 +30,8 @@ from sink_paged.attention.launch import (
     load_kernels,
     reserve_scratch,
 )
-from sink_paged.attention.simd import (
-    BFLOAT16,
-    E4M3,
-    E4M3_FACTOR,
-    E5M2,
-    FLOAT16,
-    FLOAT32,
-)
+from sink_paged.attention.matmul import E4M3_FACTOR
+from sink_paged.attention.simd import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32
 from sink_paged.window import SinkWindow, cdiv
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}

@@ -16,12 +16,15 @@ from sink_paged.attention.simd import (
     E5M2,
     F32,
     FLOAT16,
-    FLOAT32,
     I64,
+    LANES,
     VEC,
+    VEC_I16,
+    VEC_I32,
     constant,
     emit_variants,
     fma,
+    int_constant,
     jit,
     load,
     offset_by,
@@ -29,7 +32,6 @@ from sink_paged.attention.simd import (
     splat,
     store,
     widen,
-    widen_pairs,
 )
 
 # 16 lanes are one of 32 registers with AVX-512, else two of 16, which hold 6 sums of 16
@@ -43,18 +45,9 @@ _NARROW = [
     for k in range(3)
     for r, v in ((6, 1), (4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4))
 ]
-_TILES = _WIDE if AVX512 else _NARROW
-# Elements of 8 bits cost several steps a load. More rows than these few share float32
-# copies of a few vectors, which stay in the L1 cache.
-FEW_ROWS = 4
-COPIED_VECTORS = 2
-TILES = _TILES + [
-    (kind, r, v)
-    for kind in (E4M3, E5M2)
-    for _, r, v in filter(lambda tile: tile[0] == FLOAT32, _TILES)
-    if r <= FEW_ROWS
-]
-_PAIRED = (BFLOAT16, E4M3, E5M2)
+TILES = _WIDE if AVX512 else _NARROW
+COPIED_VECTORS = 4  # of 8 bits that are copied as float16 at once
+E4M3_FACTOR = 256.0  # of the float16 copies of E4M3, see `_copy_halves`
 
 
 def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
@@ -64,7 +57,7 @@ def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
 def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> None:
     """Emit the micro-kernel `C[rows, 16 * vectors] (+)= A[rows, depth] @ B`."""
     a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate = args
-    step = 2 if kind in _PAIRED else 1
+    step = 2 if kind == BFLOAT16 else 1
     rows_a = [_row_address(builder, a, lda, r) for r in range(rows)]
     rows_c = [_row_address(builder, c, ldc, r) for r in range(rows)]
     column = [builder.mul(vector_stride, ir.Constant(I64, n)) for n in range(vectors)]
@@ -81,13 +74,16 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
         tiles: list[tuple[Any, ...]] = []
         for n in range(vectors):
             at = builder.add(address, column[n])
-            if step == 2:
-                tiles.append(widen_pairs(builder, kind, at))
-            else:
+            if kind != BFLOAT16:
                 tiles.append((widen(builder, kind, at),))
+                continue
+            pair = load(builder, at, VEC_I32)
+            low = builder.shl(pair, int_constant(16))
+            high = builder.and_(pair, int_constant(-65536))
+            tiles.append((builder.bitcast(low, VEC), builder.bitcast(high, VEC)))
         sums = list(sums)
         for r in range(rows):
-            for half in range(step if both else 1):
+            for half in range(2 if kind == BFLOAT16 and both else 1):
                 at = offset_by(builder, builder.add(rows_a[r], offset), 4 * half)
                 value = splat(builder, load(builder, at, F32))
                 for n in range(vectors):
@@ -152,19 +148,51 @@ def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) 
 _product_tile = primitive(types.void, (types.int64,) * 12, _emit_product)
 
 
-def _copy_pairs(kind: int) -> Callable[..., Any]:
-    def emit(builder: Any, source: Any, target: Any, stride: Any, count: Any) -> None:
+def _copy_halves(kind: int) -> Callable[..., Any]:
+    """Copy 16 pairs of 8 bits, `count` times, as 16 firsts and 16 seconds in float16.
+
+    8 bits are the upper bits of a float16: those of E5M2 its first 8, those of E4M3 all
+    but the first of the exponent, which makes them `E4M3_FACTOR` too small, subnormal
+    ones too; its NaN becomes what its bits would be as a number, 480.
+    """
+    shift = {E4M3: 1, E5M2: 0}[kind]
+    kept = ir.Constant(VEC_I16, [{E4M3: 0xBF80, E5M2: 0xFF00}[kind]] * LANES)
+    one_byte = ir.Constant(VEC_I16, [8] * LANES)
+
+    def emit(builder: Any, source: Any, stride: Any, target: Any, count: Any) -> None:
         with cgutils.for_range(builder, count) as loop:
             at = builder.add(source, builder.mul(stride, loop.index))
-            line = builder.add(target, builder.shl(loop.index, ir.Constant(I64, 7)))
-            for half, lanes in enumerate(widen_pairs(builder, kind, at)):
-                store(builder, lanes, offset_by(builder, line, 64 * half))
+            line = builder.add(target, builder.shl(loop.index, ir.Constant(I64, 6)))
+            seconds = load(builder, at, VEC_I16)
+            firsts = builder.shl(seconds, one_byte)
+            for half, upper in enumerate((firsts, seconds)):
+                upper = builder.ashr(upper, ir.Constant(VEC_I16, [shift] * LANES))
+                upper = builder.and_(upper, kept)
+                store(builder, upper, offset_by(builder, line, 32 * half))
 
     return primitive(types.void, (types.int64,) * 4, emit)
 
 
-# `_copy_e4m3(source, target, stride, count)`: 16 pairs, `count` times, as float32.
-_copy_e4m3, _copy_e5m2 = (_copy_pairs(kind) for kind in (E4M3, E5M2))
+# `_copy_e4m3(source, stride, target, count)`
+_copy_e4m3, _copy_e5m2 = _copy_halves(E4M3), _copy_halves(E5M2)
+
+
+@jit
+def _copy_vectors(
+    kind: int,
+    b: int,
+    depth_stride: int,
+    vector_stride: int,
+    vectors: int,
+    pairs: int,
+    spare: int,
+) -> None:
+    for n in range(vectors):
+        source, target = b + n * vector_stride, spare + n * 64 * pairs
+        if kind == E4M3:
+            _copy_e4m3(source, depth_stride, target, pairs)
+        else:
+            _copy_e5m2(source, depth_stride, target, pairs)
 
 
 @jit
@@ -213,37 +241,31 @@ def multiply(
     `b + n * vector_stride + k * depth_stride`. bfloat16 and 8 bits come in pairs: k and
     k+1 of a lane side by side, `depth_stride` for both; of an odd depth the second
     element of the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
-    At `spare` are `64 * COPIED_VECTORS` bytes for each depth step, an even number of
-    them, for B of 8 bits.
+
+    8 bits are copied to `spare` as float16, a few vectors at a time, which stay in the
+    L1 cache: `32 * COPIED_VECTORS` bytes for each depth step of an even number.
     """
-    copies = kind >= E4M3 and rows > FEW_ROWS
-    copied = 64 * (depth + depth % 2)
+    is_copied, pairs = kind >= E4M3, (depth + 1) // 2
+    tile_kind = FLOAT16 if is_copied else kind
     v = 0
     while v < vectors:
-        width = _tile_width(kind, rows, vectors - v)
-        at = b + v * vector_stride
-        if copies:
-            width = min(width, COPIED_VECTORS)
-            for n in range(width):
-                line = spare + n * copied
-                if kind == E4M3:
-                    _copy_e4m3(at, line, depth_stride, (depth + 1) // 2)
-                else:
-                    _copy_e5m2(at, line, depth_stride, (depth + 1) // 2)
-                at += vector_stride
-            at = spare
+        width = _tile_width(tile_kind, rows, vectors - v)
+        tile = b + v * vector_stride
+        if is_copied:
+            _copy_vectors(kind, tile, depth_stride, vector_stride, width, pairs, spare)
+            tile = spare
         r = 0
         while r < rows:
-            height = _tile_height(kind, width, rows - r)
+            height = _tile_height(tile_kind, width, rows - r)
             _product_tile(
-                FLOAT32 if copies else kind,
+                tile_kind,
                 height,
                 width,
                 a + r * lda,
                 lda,
-                at,
-                64 if copies else depth_stride,
-                copied if copies else vector_stride,
+                tile,
+                32 if is_copied else depth_stride,
+                64 * pairs if is_copied else vector_stride,
                 c + r * ldc + v * 64,
                 ldc,
                 depth,

@@ -232,37 +232,6 @@ def widen(builder: Any, kind: int, address: Any) -> Any:
     return builder.bitcast(shifted, VEC)
 
 
-def widen_pairs(builder: Any, kind: int, address: Any) -> tuple[Any, Any]:
-    """Load 16 pairs of a dtype whose elements come in pairs: firsts, seconds.
-
-    8 bits become the upper bits of a float16: those of E5M2 are its first 8, those of
-    E4M3 miss the first bit of the exponent, which makes them `E4M3_FACTOR` too small
-    and keeps subnormal numbers right. The NaN of E4M3 reads as the number it stands at,
-    480.
-    """
-    if kind == BFLOAT16:
-        pairs = load(builder, address, VEC_I32)
-        first = builder.shl(pairs, int_constant(16))
-        second = builder.and_(pairs, int_constant(-65536))
-        return builder.bitcast(first, VEC), builder.bitcast(second, VEC)
-    pairs = load(builder, address, VEC_I16)
-
-    def half(upper: Any) -> Any:
-        mask = 0xFF00
-        if kind == E4M3:
-            mask = 0xBF80
-            upper = builder.ashr(upper, ir.Constant(VEC_I16, [1] * LANES))
-        bits = builder.and_(upper, ir.Constant(VEC_I16, [mask] * LANES))
-        return builder.fpext(builder.bitcast(bits, ir.VectorType(_F16, LANES)), VEC)
-
-    first = builder.shl(pairs, ir.Constant(VEC_I16, [8] * LANES))
-    return half(first), half(pairs)
-
-
-E4M3_FACTOR = 256.0
-"""What `widen_pairs` of E4M3 leaves to be multiplied."""
-
-
 def narrow(builder: Any, kind: int, value: Any) -> Any:
     """Round float32 lanes to a dtype, to nearest even."""
     if kind == FLOAT32:
