@@ -3,7 +3,9 @@
 
 Stock attends a sequence of exactly the resident length; ours a stream far past its
 window with the same number of resident keys. One process, the two kernels in turns;
-the ratio is ours over stock, below 1 where ours is faster.
+the ratio is ours over stock, below 1 where ours is faster. With `--kv-cache-dtype` ours
+reads and writes a cache of 8 bits: beside ours with a cache of the queries' dtype, and
+beside stock where that has a kernel for it (AVX-512).
 
 Both caches lie in pages of 4 KiB; with `--huge-pages` ours lies in those that our
 worker asks for. What a step shares is prepared outside the call on both sides: our
@@ -13,10 +15,10 @@ The floor: a decode reads every resident key and value once, so it cannot be fas
 `batch * resident * 2 * kv_heads * head_size * element_size` bytes over the bandwidth
 of reading as much memory again and again; a prefill cannot be faster than
 `4 * tokens * resident * heads * head_size` operations over the rate of a large matrix
-product, of the same dtype or of float32, whichever is faster; a write reads and writes
-its keys and values once. Both rates are measured here, on the same threads and in huge
-pages where they are used. What neighbours do to memory and caches meanwhile makes a
-floor as uncertain as a cell.
+product, of the same dtype or of float32, whichever is faster; a write reads its keys
+and values once and writes them to the cache. Both rates are measured here, on the same
+threads and in huge pages where they are used. What neighbours do to memory and caches
+meanwhile makes a floor as uncertain as a cell.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +40,11 @@ from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
 from sink_paged.huge_pages import clear_to_huge_pages
 from sink_paged.window import BlockWindow, SinkWindow
 
+CACHE_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 SINK_TOKENS = 4
 BLOCK_SIZE = 128
 SHAPES = {
@@ -53,7 +60,8 @@ class Case:
     """One measured point.
 
     `resident` counts the keys of a request's last query; 0 is a write of new keys and
-    values to the cache.
+    values to the cache. `kv_cache_dtype` is that of vLLM's flag; `peer` is whom ours is
+    compared with: stock, or ours with a cache of `dtype`.
     """
 
     shape: str
@@ -61,25 +69,51 @@ class Case:
     tokens: int
     resident: int
     dtype: str
+    kv_cache_dtype: str = "auto"
+    peer: str = "stock"
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """Dtype of queries, new keys and values, outputs."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the cache."""
+        return CACHE_DTYPES.get(self.kv_cache_dtype, self.query_dtype)
+
+    @property
+    def isa(self) -> str:
+        """What stock vLLM would run it with.
+
+        Raises:
+            NotImplementedError: it has no kernel here.
+        """
+        head_size = SHAPES[self.shape][2]
+        isa: str = _get_attn_isa(
+            self.query_dtype, BLOCK_SIZE, head_size, self.kv_cache_dtype
+        )
+        return isa
 
 
 def make_ours(case: Case, block_size: int, huge_pages: bool) -> Callable[[], None]:
     """A call of this package's kernel on streams far past their window."""
     heads, kv_heads, head_size = SHAPES[case.shape]
-    dtype = getattr(torch, case.dtype)
     window = SinkWindow(SINK_TOKENS, case.resident - SINK_TOKENS - 1)
     policy = BlockWindow(window, block_size)
     columns = policy.max_blocks(case.tokens)
     seq_len = 10 * case.resident + 37
     num_blocks = 1 + case.batch * columns
-    block = torch.randn(1, kv_heads, block_size, 2 * head_size).to(dtype)
-    cache = torch.zeros(num_blocks, *block.shape[1:], dtype=dtype)
+    block = torch.randn(1, kv_heads, block_size, 2 * head_size).to(case.cache_dtype)
+    cache = torch.zeros(num_blocks, *block.shape[1:], dtype=case.cache_dtype)
     if huge_pages:
         clear_to_huge_pages(cache)
     cache.copy_(block.expand_as(cache))
     table = torch.randperm(num_blocks - 1)[: case.batch * columns] + 1
     table = table.view(case.batch, columns).int()
-    query = torch.randn(case.batch * case.tokens, heads, head_size).to(dtype)
+    query = torch.randn(case.batch * case.tokens, heads, head_size)
+    query = query.to(case.query_dtype)
     output = torch.empty_like(query)
     starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
     seq_lens = torch.full((case.batch,), seq_len, dtype=torch.int32)
@@ -98,15 +132,17 @@ def make_ours(case: Case, block_size: int, huge_pages: bool) -> Callable[[], Non
 def make_stock(case: Case) -> Callable[[], None]:
     """A call of vLLM's kernel on sequences of the resident length."""
     heads, kv_heads, head_size = SHAPES[case.shape]
-    dtype = getattr(torch, case.dtype)
     seq_len = case.resident + case.tokens - 1
     columns = -(-seq_len // BLOCK_SIZE)
     num_blocks = 1 + case.batch * columns
-    block = torch.randn(1, kv_heads, 2 * BLOCK_SIZE, head_size).to(dtype)
-    cache = block.repeat(num_blocks, 1, 1, 1)
+    cache = torch.randn(1, kv_heads, 2 * BLOCK_SIZE, head_size).to(case.cache_dtype)
+    if case.kv_cache_dtype != "auto":
+        cache = cache.view(torch.uint8)
+    cache = cache.repeat(num_blocks, 1, 1, 1)
     key_cache, value_cache = cache.chunk(2, dim=2)
     table = (torch.randperm(num_blocks - 1) + 1).view(case.batch, columns).int()
-    query = torch.randn(case.batch * case.tokens, heads, head_size).to(dtype)
+    query = torch.randn(case.batch * case.tokens, heads, head_size)
+    query = query.to(case.query_dtype)
     output = torch.empty_like(query)
     starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
     seq_lens = torch.full((case.batch,), seq_len, dtype=torch.int32)
@@ -118,12 +154,13 @@ def make_stock(case: Case) -> Callable[[], None]:
         num_kv_heads=kv_heads,
         head_dim=head_size,
         seq_lens=seq_lens,
-        dtype=dtype,
+        dtype=query.dtype,
         query_start_loc=starts,
         causal=True,
         sliding_window_size=sliding,
-        isa=_get_attn_isa(dtype, BLOCK_SIZE, head_size),
+        isa=case.isa,
         enable_kv_split=True,
+        kv_cache_dtype=case.kv_cache_dtype,
     )
 
     def call() -> None:
@@ -142,6 +179,7 @@ def make_stock(case: Case) -> Callable[[], None]:
             softcap=0.0,
             scheduler_metadata=metadata,
             s_aux=None,
+            kv_cache_dtype=case.kv_cache_dtype,
         )
 
     return call
@@ -172,60 +210,75 @@ def measure_step(dtype: torch.dtype) -> tuple[float, float]:
     return ours * 1e6, stock * 1e6
 
 
-def make_writes(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Calls of both kernels that write new keys and values, ours and stock."""
+def make_write(case: Case, by_stock: bool) -> Callable[[], None]:
+    """A call of either kernel that writes new keys and values."""
     _, kv_heads, head_size = SHAPES[case.shape]
-    dtype = getattr(torch, case.dtype)
     num_blocks = 1 + case.batch * -(-case.tokens // BLOCK_SIZE)
-    cache = torch.zeros(num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size).to(dtype)
-    halves = cache.view(num_blocks, kv_heads, 2 * BLOCK_SIZE, head_size)
-    key_cache, value_cache = halves.chunk(2, dim=2)
+    cache = torch.zeros(num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size)
+    cache = cache.to(case.cache_dtype)
     blocks = torch.randperm(num_blocks - 1).view(case.batch, -1, 1) + 1
     slots = blocks * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
     slots = slots.view(case.batch, -1)[:, : case.tokens].reshape(-1).contiguous()
-    fused = torch.randn(len(slots), 2, kv_heads, head_size).to(dtype)
+    fused = torch.randn(len(slots), 2, kv_heads, head_size).to(case.query_dtype)
     key, value = fused.unbind(1)
-    isa = _get_attn_isa(dtype, BLOCK_SIZE, head_size)
+    if not by_stock:
+        writer = CacheWriter()
+        return lambda: writer.write(key, value, cache, slots)
+    if case.kv_cache_dtype != "auto":
+        cache = cache.view(torch.uint8)
+    halves = cache.view(num_blocks, kv_heads, 2 * BLOCK_SIZE, head_size)
+    key_cache, value_cache = halves.chunk(2, dim=2)
+    isa = case.isa
+    return lambda: ops.cpu_attn_reshape_and_cache(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slots,
+        isa,
+        kv_cache_dtype=case.kv_cache_dtype,
+    )
 
-    writer = CacheWriter()
 
-    def ours() -> None:
-        writer.write(key, value, cache, slots)
-
-    def stock() -> None:
-        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
-
-    return ours, stock
+def make_calls(
+    case: Case, block_size: int, huge_pages: bool
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A call of our kernel, and one of its peer."""
+    by_stock = case.peer == "stock"
+    other = case if by_stock else replace(case, kv_cache_dtype="auto")
+    if not case.resident:
+        return make_write(case, False), make_write(other, by_stock)
+    ours = make_ours(case, block_size, huge_pages)
+    if by_stock:
+        return ours, make_stock(other)
+    return ours, make_ours(other, block_size, huge_pages)
 
 
 def measure(
     case: Case, block_size: int, seconds: float, huge_pages: bool = False
 ) -> dict[str, float]:
-    """Median times (us) of both kernels in turns, and their ratio's spread."""
-    if case.resident:
-        ours, stock = make_ours(case, block_size, huge_pages), make_stock(case)
-    else:
-        ours, stock = make_writes(case)
-    for call in (ours, stock, ours, stock):
+    """Median times (us) of ours and its peer in turns, and their ratio's spread."""
+    ours, peer = make_calls(case, block_size, huge_pages)
+    for call in (ours, peer, ours, peer):
         call()
     begin = time.perf_counter()
     ours()
-    stock()
+    peer()
     repeats = max(2, min(50, int(0.002 / (time.perf_counter() - begin))))
     pairs: list[tuple[float, float]] = []
     stop = time.perf_counter() + seconds
     while len(pairs) < 7 or time.perf_counter() < stop:
         times = []
-        for call in (ours, stock):
+        for call in (ours, peer):
             begin = time.perf_counter()
             for _ in range(repeats):
                 call()
             times.append((time.perf_counter() - begin) / repeats * 1e6)
         pairs.append((times[0], times[1]))
-    ratios = sorted(ours / stock for ours, stock in pairs)
+    ratios = sorted(ours / peer for ours, peer in pairs)
     return {
         "ours_us": statistics.median(ours for ours, _ in pairs),
-        "stock_us": statistics.median(stock for _, stock in pairs),
+        "peer_us": statistics.median(peer for _, peer in pairs),
         "ratio": statistics.median(ratios),
         "ratio_p10": ratios[len(ratios) // 10],
         "ratio_p90": ratios[-1 - len(ratios) // 10],
@@ -273,13 +326,25 @@ def _fastest(call: Callable[[], object], repeats: int) -> float:
 def floor_us(case: Case, rates: Rates) -> float:
     """Lower bound of a call's time, see the module's docstring."""
     heads, kv_heads, head_size = SHAPES[case.shape]
-    element = getattr(torch, case.dtype).itemsize
+    element = case.cache_dtype.itemsize
+    if not case.resident:
+        element += case.query_dtype.itemsize
     keys = case.batch * (case.tokens + max(0, case.resident - 1))
     nbytes = keys * 2 * kv_heads * head_size * element
-    if not case.resident:
-        nbytes *= 2
     operations = 4 * case.batch * case.tokens * case.resident * heads * head_size
     return max(nbytes / rates.bandwidth(nbytes), operations / rates.operations) * 1e6
+
+
+def peers(dtype: str, kv_cache_dtype: str, shape: str) -> list[str]:
+    """Whom ours is compared with."""
+    if kv_cache_dtype == "auto":
+        return ["stock"]
+    try:
+        _ = Case(shape, 1, 1, 1, dtype, kv_cache_dtype).isa
+    except NotImplementedError as reason:
+        print(f"{dtype:9s}{shape}: no stock vLLM here: {reason}")
+        return ["ours"]
+    return ["ours", "stock"]
 
 
 def cases(dtype: str, shapes: list[str], quick: bool) -> list[Case]:
@@ -315,7 +380,8 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)))
     labels = [
-        f"{r['dtype']} {r['shape']} {r['batch']} x {r['tokens']} @ {r['resident']}"
+        f"{r['dtype']} {r['kv_cache_dtype']} {r['shape']} {r['batch']} x {r['tokens']} "
+        f"@ {r['resident']} / {r['peer']}"
         for r in rows
     ]
     ratios = [float(str(r["ratio"])) for r in rows]
@@ -327,7 +393,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(y=0.5 / len(rows))
     axes.tick_params(labelsize=7)
-    axes.set_xlabel("time of sink attention / time of stock attention")
+    axes.set_xlabel("time of sink attention / time of its peer")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -336,6 +402,9 @@ def main() -> None:
     """Run the sweep, print the table, write `attention.json` and `attention.png`."""
     parser = argparse.ArgumentParser(description="sink attention against stock, CPU")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", choices=["auto", *CACHE_DTYPES]
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
@@ -355,13 +424,20 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     print(
         f"{'dtype':9s}{'shape':14s}{'batch':>6s}{'tokens':>7s}{'keys':>6s}"
-        f"{'ours us':>11s}{'stock us':>11s}{'floor us':>11s}{'ratio':>7s}  p10-p90"
+        f"{'ours us':>11s}{'peer us':>11s}{'floor us':>11s}{'ratio':>7s}  "
+        "p10-p90    peer"
     )
     for dtype in options.dtype:
         rates = Rates(getattr(torch, dtype), options.huge_pages)
         ours, stock = measure_step(getattr(torch, dtype))
         print(f"{dtype:9s}a step of 32 decodes: ours {ours:.1f} us, stock {stock:.1f}")
-        for case in cases(dtype, options.shapes, options.quick):
+        cache_dtype = options.kv_cache_dtype
+        compared = {shape: peers(dtype, cache_dtype, shape) for shape in options.shapes}
+        for case in (
+            replace(point, kv_cache_dtype=cache_dtype, peer=peer)
+            for point in cases(dtype, options.shapes, options.quick)
+            for peer in compared[point.shape]
+        ):
             result = measure(
                 case, options.block_size, options.seconds, options.huge_pages
             )
@@ -370,8 +446,9 @@ def main() -> None:
             print(
                 f"{dtype:9s}{case.shape:14s}{case.batch:6d}{case.tokens:7d}"
                 f"{case.resident:6d}{result['ours_us']:11.1f}"
-                f"{result['stock_us']:11.1f}{floor:11.1f}{result['ratio']:7.2f}"
-                f"  {result['ratio_p10']:.2f}-{result['ratio_p90']:.2f}",
+                f"{result['peer_us']:11.1f}{floor:11.1f}{result['ratio']:7.2f}"
+                f"  {result['ratio_p10']:.2f}-{result['ratio_p90']:.2f}  "
+                f"{'stock' if case.peer == 'stock' else f'ours, {dtype} cache'}",
                 flush=True,
             )
     if options.output_dir:

@@ -20,7 +20,12 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sink_paged.config import MAX_STREAM_TOKENS, SinkConfig, StreamConfig
-from sink_paged.platforms import Platform, find_platform, lacks_instructions
+from sink_paged.platforms import (
+    KV_CACHE_DTYPES,
+    Platform,
+    find_platform,
+    lacks_instructions,
+)
 
 TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
 SPECULATIVE_METHODS = ("ngram", "draft_model")
@@ -145,7 +150,7 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
             not vllm_config.scheduler_config.enable_chunked_prefill
         ),
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype
-        not in platform.kv_cache_dtypes,
+        not in KV_CACHE_DTYPES,
         f"--block-size {cache.block_size}: it must be a multiple of 16": (
             cache.block_size % 16 != 0
         ),

@@ -10,34 +10,33 @@ from vllm.platforms import current_platform
 
 
 class Platform(NamedTuple):
-    """Classes by path, and what they take.
+    """Classes by path.
 
     Attributes:
         backend: the attention backend.
         worker: the worker.
         stock_worker: the worker of vLLM that it extends.
-        kv_cache_dtypes: legal values of ``--kv-cache-dtype``.
     """
 
     backend: str
     worker: str
     stock_worker: str
-    kv_cache_dtypes: frozenset[str]
 
 
-KV_CACHE_DTYPES = frozenset({"auto", "float32", "float16", "bfloat16"})
 CPU = Platform(
     backend="sink_paged.attention.cpu_backend.SinkCPUAttentionBackend",
     worker="sink_paged.cpu_worker.SinkCPUWorker",
     stock_worker="vllm.v1.worker.cpu_worker.CPUWorker",
-    kv_cache_dtypes=KV_CACHE_DTYPES,
 )
 CUDA = Platform(
     backend="sink_paged.attention.triton_backend.SinkTritonAttentionBackend",
     worker="sink_paged.gpu_worker.SinkGPUWorker",
     stock_worker="vllm.v1.worker.gpu_worker.Worker",
-    kv_cache_dtypes=KV_CACHE_DTYPES | {"fp8", "fp8_e4m3", "fp8_e5m2"},
 )
+KV_CACHE_DTYPES = frozenset(
+    {"auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"}
+)
+"""Legal values of ``--kv-cache-dtype``."""
 
 
 def find_platform() -> Platform | None:

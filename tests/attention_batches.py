@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of streams for the tests of the attention kernels."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,20 @@ from sink_paged.window import BlockWindow, SinkWindow, cdiv
 # plus, where the kernel multiplies in bfloat16, the rounding of weights (2**-9 each,
 # averaged over the keys) and of the rotated query (2**-9 of a logit).
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+# With a cache of 8 bits the reference reads the same rounded keys and values, so no
+# tolerance covers what they lose.
 DTYPES = list(TOLERANCE)
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SAME = [(dtype, dtype) for dtype in DTYPES]
+"""Dtypes of queries and cache."""
+CACHES = [*SAME, (torch.float32, E4M3), (torch.bfloat16, E5M2)]
+ALL_CACHES = [*SAME, *itertools.product(DTYPES, (E4M3, E5M2))]
+
+
+def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What a cache of a dtype of 8 bits holds of keys or values; by torch alone."""
+    limit = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-limit, limit).to(dtype)
 
 
 def store(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
@@ -29,7 +44,7 @@ def store(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     blocks, offsets = slots[written] // block_size, slots[written] % block_size
     keys[blocks, :, offsets] = key[written]
     values[blocks, :, offsets] = value[written]
-    pair = 2 if kv_cache.dtype == torch.bfloat16 else 1
+    pair = cpu.pair_size(kv_cache.dtype)
     key_tiles = keys.unflatten(2, (-1, 16)).unflatten(4, (-1, pair))
     value_tiles = values.unflatten(2, (-1, pair)).unflatten(4, (-1, 16))
     parts = (
@@ -95,6 +110,7 @@ class Batch:
     head_size: int = 64
     block_size: int = 16
     dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None  # `dtype` unless given
     rotary_dim: int = 0
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +126,9 @@ class Batch:
         num_blocks = 1 + len(self.chunks) * columns
         # A block stride larger than the block, as vLLM's padded pages have.
         shape = (num_blocks, self.num_kv_heads + 1, self.block_size, 2 * self.head_size)
-        storage = torch.full(shape, math.nan, dtype=self.dtype)
+        cache_dtype = self.cache_dtype or self.dtype
+        is_fp8 = cache_dtype in (E4M3, E5M2)
+        storage = torch.full(shape, math.nan).to(cache_dtype)
         self.kv_cache = storage[:, : self.num_kv_heads]
         self.block_table = torch.zeros(len(self.chunks), columns, dtype=torch.int32)
         # Texts by request: keys and values, [seq_len, num_kv_heads, head_size].
@@ -135,6 +153,10 @@ class Batch:
                 slots[begin:end] = number * self.block_size + torch.arange(end - begin)
             all_slots.append(slots)
         keys, values = (torch.cat(texts) for texts in zip(*self.texts, strict=True))
+        if is_fp8:
+            self.options = {"k_scale": 0.3, "v_scale": 1.7} | self.options
+            keys = quantise(keys, self.options["k_scale"], cache_dtype)
+            values = quantise(values, self.options["v_scale"], cache_dtype)
         store(keys, values, self.kv_cache, torch.cat(all_slots))
         lengths = torch.tensor([0, *(tokens for tokens, _ in self.chunks)])
         self.query_start_loc = lengths.cumsum(0).int()
@@ -193,7 +215,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> Batch:
+def batches(
+    draw: st.DrawFn, caches: Sequence[tuple[torch.dtype, torch.dtype]] = ALL_CACHES
+) -> Batch:
     """Any batch of up to four streams."""
     chunks = []
     for _ in range(draw(st.integers(1, 4))):
@@ -217,7 +241,7 @@ def batches(draw: st.DrawFn) -> Batch:
         num_kv_heads,
         head_size,
         draw(st.sampled_from([16, 32, 48, 128])),
-        draw(st.sampled_from(DTYPES)),
+        *draw(st.sampled_from(caches)),
         rotary_dim,
         draw(st.integers(0, 1000)),
         options,

@@ -17,17 +17,31 @@ from torch import Tensor
 
 from sink_paged.attention import cpu, launch, reference
 from sink_paged.window import BlockWindow, SinkWindow
-from tests.attention_batches import DTYPES, MIXED, OPTIONS, Batch, batches
+from tests.attention_batches import (
+    CACHES,
+    DTYPES,
+    E4M3,
+    E5M2,
+    MIXED,
+    OPTIONS,
+    Batch,
+    batches,
+    quantise,
+)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize(
     ("sinks", "block_size"),
     [(0, 16), (1, 32), (4, 48), (17, 128), (17, 16), (40, 16), (40, 32), (4, 128)],
 )
 def test_mixed_batch(
-    threads: int, dtype: torch.dtype, sinks: int, block_size: int
+    threads: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    sinks: int,
+    block_size: int,
 ) -> None:
     """Queries below, at and beyond C, of prefill chunks and decodes in one call."""
     before = torch.get_num_threads()
@@ -38,17 +52,20 @@ def test_mixed_batch(
             SinkWindow(sinks, 60),
             block_size=block_size,
             dtype=dtype,
+            cache_dtype=cache_dtype,
             rotary_dim=64,
         ).check()
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize(
     "head_size", [16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
 )
-def test_head_sizes(dtype: torch.dtype, head_size: int) -> None:
+def test_head_sizes(
+    dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int
+) -> None:
     """Every head size, with the rotation of all its dims."""
     chunks = [(1, 200), (13, 150)]
     Batch(
@@ -56,15 +73,18 @@ def test_head_sizes(dtype: torch.dtype, head_size: int) -> None:
         SinkWindow(4, 70),
         head_size=head_size,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         rotary_dim=head_size,
     ).check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads"), [(1, 1), (5, 5), (8, 2), (6, 2), (9, 3), (71, 1)]
 )
-def test_head_layouts(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
+def test_head_layouts(
+    dtype: torch.dtype, cache_dtype: torch.dtype, num_heads: int, num_kv_heads: int
+) -> None:
     """Multi-head, grouped and multi-query attention."""
     Batch(
         [(1, 100), (21, 130), (1, 30)],
@@ -72,39 +92,56 @@ def test_head_layouts(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> 
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         rotary_dim=64,
     ).check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("chunk", [70, 150])
-def test_long_chunks(dtype: torch.dtype, chunk: int) -> None:
+def test_long_chunks(dtype: torch.dtype, cache_dtype: torch.dtype, chunk: int) -> None:
     """Chunks of several query tiles over windows of several softmax updates."""
     Batch(
         [(chunk, 1500), (1, 1100), (chunk, chunk)],
         SinkWindow(4, 700),
         block_size=128,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         rotary_dim=64,
     ).check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("rotary_dim", [0, 16, 64])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(dtype: torch.dtype, rotary_dim: int, options: dict[str, Any]) -> None:
+def test_options(
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    rotary_dim: int,
+    options: dict[str, Any],
+) -> None:
     """Biases, caps and rotary styles, alone and together."""
     Batch(
-        MIXED, SinkWindow(4, 60), dtype=dtype, rotary_dim=rotary_dim, options=options
+        MIXED,
+        SinkWindow(4, 60),
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        rotary_dim=rotary_dim,
+        options=options,
     ).check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES[:-1], ids=str)
 @pytest.mark.parametrize("block_size", [32, 96, 128, 2048])
 @pytest.mark.parametrize("options", ["sink_logits", "all"])
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 10), (4, 10), (32, 10), (4, 2200)])
 def test_few_rows(
-    dtype: torch.dtype, block_size: int, sinks: int, recent: int, options: str
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    block_size: int,
+    sinks: int,
+    recent: int,
+    options: str,
 ) -> None:
     """Decodes and short chunks, of streams from a few tokens to several updates."""
     Batch(
@@ -112,6 +149,7 @@ def test_few_rows(
         SinkWindow(sinks, recent),
         block_size=block_size,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         rotary_dim=64,
         options=OPTIONS[options],
     ).check()
@@ -221,6 +259,53 @@ def test_write_then_read(dtype: torch.dtype, block_size: int, head_size: int) ->
     assert values[untouched].isnan().all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache_dtype", [E4M3, E5M2], ids=str)
+def test_8_bits_are_those_of_torch(
+    threads: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    """Bit for bit: numbers of every size, ties, zeros, infinities, NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(cache_dtype).float()
+    codes = codes[codes.isfinite()].sort().values
+    sizes = 10.0 ** torch.linspace(-6, 6, 25)
+    numbers = torch.cat(
+        [
+            codes,
+            (codes[1:] + codes[:-1]) / 2,
+            (torch.randn(1000, 1) * sizes).flatten(),
+            torch.tensor([-0.0, math.inf, -math.inf, math.nan]),
+        ]
+    )
+    block_size, head_size = 48, 80
+    numbers = numbers[torch.randperm(len(numbers))]
+    numbers = numbers[: len(numbers) // (6 * head_size) * 6 * head_size]
+    key, value = numbers.to(dtype).view(-1, 3, 2, head_size).unbind(2)
+    cache = torch.zeros(5, 3, block_size, 2 * head_size).to(cache_dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for scales in ((1.0, 1.0), (0.02, 7.0)):
+            slots = torch.randperm(5 * block_size)[: len(key)]
+            cpu.write_kv(key, value, cache, slots, k_scale=scales[0], v_scale=scales[1])
+            for x, scale, held in zip(
+                (key, value), scales, cpu.read_kv(cache), strict=True
+            ):
+                held = held.transpose(1, 2).flatten(0, 1)[slots]
+                expected = quantise(x, scale, cache_dtype)
+                assert torch.equal(held.view(torch.uint8), expected.view(torch.uint8))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_dtypes_that_do_not_match_are_refused() -> None:
+    """Queries and a cache of two dtypes of 16 bits or more have no kernel."""
+    batch = Batch([(1, 20)], SinkWindow(4, 60), dtype=torch.bfloat16)
+    batch.query = batch.query.float()
+    with pytest.raises(ValueError, match="float32, a cache of torch.bfloat16"):
+        batch.run(cpu.sink_attention)
+
+
 def test_flat_output_in_inference_mode() -> None:
     """An output of `[num_tokens, num_heads * head_size]` is filled alike."""
     batch = Batch(MIXED, SinkWindow(4, 60), rotary_dim=64)
@@ -312,11 +397,15 @@ def test_prepare_refuses_other_dtypes() -> None:
         cpu.prepare(torch.float64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize(("num_heads", "threads"), [(71, 2), (4, 3), (1, 7)])
 @pytest.mark.parametrize("option", ["sink_logits", "alibi_slopes"])
 def test_split_keys(
-    dtype: torch.dtype, num_heads: int, threads: int, option: str
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    num_heads: int,
+    threads: int,
+    option: str,
 ) -> None:
     """A single stream whose keys are shared by several threads, twice in a row."""
     values = OPTIONS["all"][option].repeat(-(-num_heads // 4))[:num_heads]
@@ -331,6 +420,7 @@ def test_split_keys(
                 num_kv_heads=1,
                 block_size=48 if threads == 3 else 128,
                 dtype=dtype,
+                cache_dtype=cache_dtype,
                 rotary_dim=64,
                 options={option: values},
             ).check()

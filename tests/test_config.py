@@ -178,7 +178,7 @@ def test_sizes_need_the_flag() -> None:
     [
         ({"block_size": 24}, "--block-size 24: it must be a multiple of 16"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "--kv-cache-dtype int8"),
         (
             {
                 "kv_transfer_config": {
@@ -225,16 +225,20 @@ def test_a_dtype_without_instructions(
     assert len(warned) == (dtype != "float32" and not there)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_dtypes_of_the_cache(dtype: str) -> None:
+    assert make_config({}, kv_cache_dtype=dtype).cache_config.cache_dtype == dtype
+
+
 def test_cuda_brings_its_own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = platforms.CUDA
     monkeypatch.setattr("sink_paged.engine.find_platform", lambda: cuda)
     monkeypatch.setitem(
         registry._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, cuda.backend
     )
-    for dtype in ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"):
-        config = make_config({}, worker_cls=cuda.stock_worker, kv_cache_dtype=dtype)
-        assert config.parallel_config.worker_cls == cuda.worker
-        assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+    config = make_config({}, worker_cls=cuda.stock_worker)
+    assert config.parallel_config.worker_cls == cuda.worker
+    assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
     with pytest.raises(ValueError, match="--worker-cls vllm.v1.worker.cpu_worker"):
         make_config({}, worker_cls=platforms.CPU.stock_worker)
 

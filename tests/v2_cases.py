@@ -53,9 +53,7 @@ triton.backends.backends["cpu"] = Backend(compiler=None, driver=Interpreter)  # 
 if "--cuda-backend" in sys.argv:
     from sink_paged import platforms
 
-    platforms.CPU = platforms.CPU._replace(
-        backend=platforms.CUDA.backend, kv_cache_dtypes=platforms.CUDA.kv_cache_dtypes
-    )
+    platforms.CPU = platforms.CPU._replace(backend=platforms.CUDA.backend)
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     platforms.current_platform.has_device_capability = lambda *_, **__: True
 

@@ -48,11 +48,21 @@ _offset = count(LAYER, 8)
 CACHE = next(_offset)
 CACHE_BLOCK = next(_offset)
 CACHE_HEAD = next(_offset)
-KIND = next(_offset)
+CACHE_KIND = next(_offset)
+KIND = next(_offset)  # of queries, new keys and values, outputs
 KV_HEADS = next(_offset)
 HEAD_SIZE = next(_offset)
 BLOCK_SIZE = next(_offset)
-STORE_LAYER = struct.Struct("@7q")
+CACHE_LAYER = struct.Struct("@8q")
+
+# Of a layer that `store` writes
+_offset = count(LAYER + CACHE_LAYER.size, 8)
+KEY_SCALE = next(_offset)  # float64
+VALUE_SCALE = next(_offset)  # float64
+STORE_LAYER = struct.Struct(f"{CACHE_LAYER.format}2d")
+
+# Of a layer that `attend` reads
+_offset = count(LAYER + CACHE_LAYER.size, 8)
 HEADS = next(_offset)
 ROTATION = next(_offset)
 ROTATION_ROW = next(_offset)
@@ -71,7 +81,8 @@ SCRATCH_BYTES = next(_offset)
 ARRIVALS = next(_offset)
 PARTIALS = next(_offset)
 PARTIAL_BYTES = next(_offset)
-SCALE = next(_offset)  # float64
+SCALE = next(_offset)  # float64, of products of queries and keys as they are read
+SUM_SCALE = next(_offset)  # float64, of sums of values as they are read
 SOFT_CAP = next(_offset)  # float64
-ATTEND_LAYER = struct.Struct("@25q2d")
+ATTEND_LAYER = struct.Struct(f"{CACHE_LAYER.format}18q3d")
 SIZE = LAYER + ATTEND_LAYER.size

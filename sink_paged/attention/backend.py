@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 )
 
 from sink_paged.config import StreamConfig
-from sink_paged.platforms import find_platform
+from sink_paged.platforms import KV_CACHE_DTYPES
 from sink_paged.rotary import StepRotations, UnsupportedLayerError
 from sink_paged.window import layer_window
 
@@ -130,8 +130,6 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
         Raises:
             UnsupportedLayerError: with the reason.
         """
-        platform = find_platform()
-        assert platform is not None, "vLLM's platform has been checked"
         refused = {
             f"it is {self.attn_type} attention, not decoder attention": (
                 self.attn_type != AttentionType.DECODER
@@ -140,7 +138,7 @@ class SinkAttentionImpl(AttentionImpl[SinkAttentionMetadata]):
                 self.kv_sharing_target_layer_name is not None
             ),
             f"its KV cache is stored as {self.kv_cache_dtype}": (
-                self.kv_cache_dtype not in platform.kv_cache_dtypes
+                self.kv_cache_dtype not in KV_CACHE_DTYPES
             ),
         }
         for reason, applies in refused.items():
@@ -165,7 +163,7 @@ class SinkAttentionBackend(AttentionBackend):
         torch.bfloat16,
         torch.float16,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = sorted(KV_CACHE_DTYPES)
 
     @staticmethod
     def get_name() -> str:

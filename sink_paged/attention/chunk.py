@@ -9,9 +9,9 @@ from numba import types
 
 from sink_paged.attention.arguments import (
     BLOCK_SIZE,
+    CACHE_KIND,
     HEAD_SIZE,
     HEADS,
-    KIND,
     KV_HEADS,
     RECENT,
     SCALE,
@@ -25,10 +25,12 @@ from sink_paged.attention.matmul import (
 from sink_paged.attention.pages import add_value_tile, find_page, prefetch_page
 from sink_paged.attention.simd import (
     LOG2_E,
+    element_size,
     jit,
     load_f32,
     load_f64,
     load_i64,
+    pair_size,
     scale_row,
     store_f32,
     zero_half_row,
@@ -58,13 +60,13 @@ def _multiply_keys(
     query: int,
     rows: int,
     tiles: int,
+    spare: int,
     logits: int,
 ) -> None:
     """Products of query rows and the keys `[begin, end)`, `begin` a multiple of 16."""
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    kind = load_i64(args + KIND)
-    element = 4 if kind == 0 else 2
-    pair = 2 if kind == 1 else 1
+    kind = load_i64(args + CACHE_KIND)
+    element, pair = element_size(kind), pair_size(kind)
     key_tile = 16 * head_size * element
     key = begin
     while key < end:
@@ -104,6 +106,7 @@ def _multiply_keys(
                 vectors,
                 head_size,
                 0,
+                spare,
             )
         key += run
 
@@ -199,9 +202,8 @@ def _add_values(
 ) -> None:
     """Add the weighted values of the keys `[begin, end)`; none before `key_begin`."""
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    kind = load_i64(args + KIND)
-    element = 4 if kind == 0 else 2
-    pair = 2 if kind == 1 else 1
+    kind = load_i64(args + CACHE_KIND)
+    element, pair = element_size(kind), pair_size(kind)
     strip = 16 * block_size * element
     key = begin
     while key < end:
@@ -275,6 +277,7 @@ def _add_values(
                 head_size // 16,
                 run,
                 1,
+                spare,
             )
         key += run
 
@@ -314,7 +317,9 @@ def attend_keys(
             if end % align != 0:
                 tail = end % align
                 prefetch_page(args, request, kv_head, end - tail, tail, False)
-        _multiply_keys(args, request, kv_head, begin, end, query, rows, tiles, weights)
+        _multiply_keys(
+            args, request, kv_head, begin, end, query, rows, tiles, spare, weights
+        )
         _update_softmax(
             args,
             position,

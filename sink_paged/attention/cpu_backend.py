@@ -7,8 +7,9 @@ Stands in for ``vllm/v1/attention/backends/cpu_attn.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
@@ -23,6 +24,12 @@ from sink_paged.attention.backend import (
 )
 from sink_paged.attention.cpu import prepare
 from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
+
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass
@@ -51,6 +58,14 @@ class SinkCPUAttentionMetadataBuilder(SinkAttentionMetadataBuilder):
         return SinkCPUAttentionMetadata(**vars(batch), step=step)
 
 
+class _Layer(NamedTuple):
+    """A layer's cache in its own dtype, and the kernels prepared for it."""
+
+    cache: Tensor
+    writer: CacheWriter
+    attention: LayerAttention
+
+
 class SinkCPUAttentionImpl(SinkAttentionImpl):
     """Attention of one layer by the CPU kernel."""
 
@@ -58,13 +73,16 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
         """See ``SinkAttentionImpl``; compiles the kernel or loads it."""
         super().__init__(*args, **kwargs)
         prepare(get_current_vllm_config().model_config.dtype)
-        self._writer = CacheWriter()
-        self._attention: LayerAttention | None = None
+        self._kv_cache: Tensor | None = None
+        self._layer: _Layer
 
-    def _prepare_attention(self) -> LayerAttention:
-        """The kernel's view of this layer, once the model is loaded."""
-        rotations = self.rotations
-        return LayerAttention(
+    def _prepare_layer(self, layer: AttentionLayer, kv_cache: Tensor) -> _Layer:
+        """The kernels' view of this layer, once the model is loaded."""
+        rotations, k_scale, v_scale = self.rotations, 1.0, 1.0
+        if self.kv_cache_dtype in FP8_DTYPES:
+            kv_cache = kv_cache.view(FP8_DTYPES[self.kv_cache_dtype])
+            k_scale, v_scale = layer._k_scale_float, layer._v_scale_float
+        attention = LayerAttention(
             self.num_heads,
             window=self.window,
             scale=self.scale,
@@ -72,7 +90,10 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
             alibi_slopes=self.alibi_slopes,
             soft_cap=self.soft_cap,
             sink_logits=self.sink_logits,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
+        return _Layer(kv_cache, CacheWriter(k_scale, v_scale), attention)
 
     def forward(
         self,
@@ -89,11 +110,13 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
         """Write keys and values to the cache, then attend.
 
         Args:
-            layer: the calling layer.
+            layer: the calling layer, whose ``_k_scale_float`` and ``_v_scale_float``
+                are the factors of an 8-bit cache.
             query: ``[num_tokens, num_heads, head_size]``, rotated at text positions.
             key: ``[num_tokens, num_kv_heads, head_size]``, rotated likewise.
             value: ``[num_tokens, num_kv_heads, head_size]``.
-            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, uint8
+                for an 8-bit cache.
             attn_metadata: a ``SinkCPUAttentionMetadata``; None while vLLM profiles.
             output: ``[num_tokens, num_heads, head_size]``, written in place.
             output_scale: unsupported.
@@ -103,13 +126,15 @@ class SinkCPUAttentionImpl(SinkAttentionImpl):
             return output
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("sink_paged does not quantise its output")
-        if self._attention is None:
-            self._attention = self._prepare_attention()
+        if kv_cache is not self._kv_cache:
+            self._layer = self._prepare_layer(layer, kv_cache)
+            self._kv_cache = kv_cache
+        cache, writer, attention = self._layer
         rotations = self.rotations
-        self._writer.write(key, value, kv_cache, attn_metadata.slot_mapping)
-        self._attention.attend(
+        writer.write(key, value, cache, attn_metadata.slot_mapping)
+        attention.attend(
             query,
-            kv_cache,
+            cache,
             output,
             attn_metadata.step,
             None if rotations is None else rotations.sink_rotation,

@@ -36,13 +36,14 @@ from sink_paged.attention.arguments import (
     THREADS,
     TILE_TOKENS,
 )
-from sink_paged.attention.chunk import WEIGHT_COLUMNS, attend_keys
+from sink_paged.attention.chunk import CHUNK, WEIGHT_COLUMNS, attend_keys
 from sink_paged.attention.few import (
     MAX_SINKS,
     ROW_COLUMNS,
     SEGMENTS_SIZE,
     attend_few,
 )
+from sink_paged.attention.matmul import COPIED_VECTORS
 from sink_paged.attention.pages import find_page
 from sink_paged.attention.rows import (
     merge_parts,
@@ -72,6 +73,9 @@ def scratch_size(max_rows: int, head_size: int) -> int:
     """Bytes of scratch memory that a thread needs, see `_attend_tile`."""
     # Many rows of a chunk hold few rows of a longer one.
     assert max_rows * WEIGHT_COLUMNS >= 16 * ROW_COLUMNS
+    # Copies of `multiply` lie where matrix tiles have weights and gathered values.
+    spare = max_rows * 2 * WEIGHT_COLUMNS + 128 * head_size
+    assert spare >= 32 * COPIED_VECTORS * max(head_size, CHUNK)
     per_row = 16 * head_size + 6 * WEIGHT_COLUMNS + 8
     return (max_rows * per_row + 128 * head_size + SEGMENTS_SIZE + 64 + 63) // 64 * 64
 
@@ -121,7 +125,7 @@ def _attend_tile(
         tiles = (rows + 15) // 16
         begin_tiles(tile_config, min(rows, 16))
     else:
-        weights_half = types.int64(0)
+        spare, weights_half = weights_half, types.int64(0)
     few = tiles == 1 and load_i64(args + BLOCK_SIZE) % 32 == 0 and sinks <= MAX_SINKS
     sink_end = min(sinks, last - recent) if part == 0 else types.int64(0)
     rotate = load_i64(args + ROTATION) != 0 and sink_end > 0

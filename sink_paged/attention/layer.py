@@ -30,9 +30,12 @@ from sink_paged.attention.launch import (
     load_kernels,
     reserve_scratch,
 )
+from sink_paged.attention.matmul import E4M3_FACTOR
+from sink_paged.attention.simd import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32
 from sink_paged.window import SinkWindow, cdiv
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+FP8_KINDS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 TILE_ROWS = 128  # of a query tile, which reads the keys once
 THREADED_STORE = 8192  # keys times dims from which a store is worth waking threads
 
@@ -66,16 +69,19 @@ class Step(NamedTuple):
 class CacheWriter:
     """Writes keys and values of one layer; for one thread at a time."""
 
-    def __init__(self) -> None:
-        """Nothing is known before the first call."""
+    def __init__(self, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
+        """See `cpu.write_kv`."""
+        self._scales = (k_scale, v_scale)
         self._cache: Tensor | None = None
         self._arguments = ctypes.create_string_buffer(LAYER + STORE_LAYER.size)
         self._address = ctypes.addressof(self._arguments)
 
-    def _bind(self, kv_cache: Tensor) -> None:
+    def _bind(self, kv_cache: Tensor, dtype: torch.dtype) -> None:
         kernel, num_threads = load_kernels().store, torch.get_num_threads()
-        STORE_LAYER.pack_into(self._arguments, LAYER, *_cache_arguments(kv_cache))
-        self._num_threads, self._dtype = num_threads, kv_cache.dtype
+        STORE_LAYER.pack_into(
+            self._arguments, LAYER, *_cache_arguments(kv_cache, dtype), *self._scales
+        )
+        self._num_threads, self._dtype = num_threads, dtype
         self._serial = bind(kernel, self._address, 1)
         self._parallel = bind(kernel, self._address, num_threads)
         self._token_size = kv_cache.shape[1] * kv_cache.shape[3] // 2
@@ -85,10 +91,8 @@ class CacheWriter:
         self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """As `cpu.write_kv`."""
-        if kv_cache is not self._cache:
-            self._bind(kv_cache)
-        if key.dtype is not self._dtype:
-            raise ValueError(f"{key.dtype} keys for a cache of {self._dtype}")
+        if kv_cache is not self._cache or key.dtype is not self._dtype:
+            self._bind(kv_cache, key.dtype)
         num_tokens = min(len(key), len(slot_mapping))
         is_small = num_tokens * self._token_size < THREADED_STORE
         key_token, key_head, _ = key.stride()
@@ -127,6 +131,8 @@ class LayerAttention:
         alibi_slopes: Tensor | None = None,
         soft_cap: float = 0.0,
         sink_logits: Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         """See `cpu.sink_attention`."""
         self.num_heads = num_heads
@@ -136,8 +142,11 @@ class LayerAttention:
         self.alibi_slopes = alibi_slopes
         self.soft_cap = soft_cap
         self.sink_logits = sink_logits
+        self.k_scale = k_scale
+        self.v_scale = v_scale
         self._cache: Tensor | None = None
         self._rotation: Tensor | None = None
+        self._dtype: torch.dtype | None = None
         self._arguments = ctypes.create_string_buffer(SIZE)
         self._scratch: Scratch | None = None
         self._run: Callable[[], object]  # set by `_bind`
@@ -151,10 +160,12 @@ class LayerAttention:
         sink_rotation: Tensor | None,
     ) -> None:
         """As `cpu.sink_attention`, of a batch described by `step`."""
-        if kv_cache is not self._cache or sink_rotation is not self._rotation:
-            self._bind(kv_cache, sink_rotation)
-        if query.dtype is not self._dtype:
-            raise ValueError(f"{query.dtype} queries for a cache of {self._dtype}")
+        if (
+            kv_cache is not self._cache
+            or sink_rotation is not self._rotation
+            or query.dtype is not self._dtype
+        ):
+            self._bind(kv_cache, sink_rotation, query.dtype)
         query_token, query_head, _ = query.stride()
         strides = output.stride()
         ATTEND_CALL.pack_into(
@@ -172,10 +183,12 @@ class LayerAttention:
         )
         self._run()
 
-    def _bind(self, kv_cache: Tensor, sink_rotation: Tensor | None) -> None:
+    def _bind(
+        self, kv_cache: Tensor, sink_rotation: Tensor | None, dtype: torch.dtype
+    ) -> None:
         """Pack what stays; the number of threads is torch's at this time."""
         _, num_kv_heads, _, width = kv_cache.shape
-        head_size, dtype = width // 2, kv_cache.dtype
+        head_size = width // 2
         num_threads = torch.get_num_threads()
         group = self.num_heads // num_kv_heads
         tile_tokens = max(1, TILE_ROWS // group)
@@ -190,12 +203,13 @@ class LayerAttention:
         if sink_rotation is not None:
             rotation, rotary_dim = sink_rotation.data_ptr(), sink_rotation.shape[1]
             rotation_row = 4 * sink_rotation.stride(0)
-        matrix_tiles = dtype == torch.bfloat16 and head_size % 32 == 0
+        matrix_tiles = kv_cache.dtype == torch.bfloat16 and head_size % 32 == 0
+        factor = E4M3_FACTOR if kv_cache.dtype == torch.float8_e4m3fn else 1.0
         slopes, logits = self.alibi_slopes, self.sink_logits
         ATTEND_LAYER.pack_into(
             self._arguments,
             LAYER,
-            *_cache_arguments(kv_cache),
+            *_cache_arguments(kv_cache, dtype),
             self.num_heads,
             rotation,
             rotation_row,
@@ -214,7 +228,8 @@ class LayerAttention:
             memory.address,
             memory.address + partials,
             partial_bytes,
-            self.scale,
+            self.scale * self.k_scale * factor,
+            self.v_scale * factor,
             self.soft_cap,
         )
         address = ctypes.addressof(self._arguments)
@@ -223,7 +238,14 @@ class LayerAttention:
         self._dtype, self._head_size = dtype, head_size
 
 
-def _cache_arguments(kv_cache: Tensor) -> tuple[int, ...]:
+def _cache_arguments(kv_cache: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """`CACHE_LAYER` of a cache for queries, keys and values of a dtype.
+
+    Raises:
+        ValueError: the cache is neither of that dtype nor of 8 bits.
+    """
+    if dtype not in KINDS or kv_cache.dtype not in (dtype, *FP8_KINDS):
+        raise ValueError(f"queries or keys of {dtype}, a cache of {kv_cache.dtype}")
     _, num_kv_heads, block_size, width = kv_cache.shape
     block, head, _, _ = kv_cache.stride()
     element = kv_cache.element_size()
@@ -231,7 +253,8 @@ def _cache_arguments(kv_cache: Tensor) -> tuple[int, ...]:
         kv_cache.data_ptr(),
         block * element,
         head * element,
-        KINDS[kv_cache.dtype],
+        (KINDS | FP8_KINDS)[kv_cache.dtype],
+        KINDS[dtype],
         num_kv_heads,
         width // 2,
         block_size,

@@ -2,18 +2,24 @@
 """Register-tiled matrix product on the raw memory of a page, for every dtype."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from sink_paged.attention.simd import (
     BFLOAT16,
+    E4M3,
+    E5M2,
     F32,
     FLOAT16,
     I64,
+    LANES,
     VEC,
+    VEC_I16,
     VEC_I32,
     constant,
     emit_variants,
@@ -40,6 +46,8 @@ _NARROW = [
     for r, v in ((6, 1), (4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4))
 ]
 TILES = _WIDE if AVX512 else _NARROW
+COPIED_VECTORS = 4  # of 8 bits that are copied as float16 at once
+E4M3_FACTOR = 256.0  # of the float16 copies of E4M3, see `_copy_halves`
 
 
 def _row_address(builder: Any, base: Any, stride: Any, row: int) -> Any:
@@ -140,6 +148,53 @@ def _emit_product(builder: Any, kind: Any, rows: Any, vectors: Any, *args: Any) 
 _product_tile = primitive(types.void, (types.int64,) * 12, _emit_product)
 
 
+def _copy_halves(kind: int) -> Callable[..., Any]:
+    """Copy 16 pairs of 8 bits, `count` times, as 16 firsts and 16 seconds in float16.
+
+    8 bits are the upper bits of a float16: those of E5M2 its first 8, those of E4M3 all
+    but the first of the exponent, which makes them `E4M3_FACTOR` too small, subnormal
+    ones too; its NaN becomes what its bits would be as a number, 480.
+    """
+    shift = {E4M3: 1, E5M2: 0}[kind]
+    kept = ir.Constant(VEC_I16, [{E4M3: 0xBF80, E5M2: 0xFF00}[kind]] * LANES)
+    one_byte = ir.Constant(VEC_I16, [8] * LANES)
+
+    def emit(builder: Any, source: Any, stride: Any, target: Any, count: Any) -> None:
+        with cgutils.for_range(builder, count) as loop:
+            at = builder.add(source, builder.mul(stride, loop.index))
+            line = builder.add(target, builder.shl(loop.index, ir.Constant(I64, 6)))
+            seconds = load(builder, at, VEC_I16)
+            firsts = builder.shl(seconds, one_byte)
+            for half, upper in enumerate((firsts, seconds)):
+                upper = builder.ashr(upper, ir.Constant(VEC_I16, [shift] * LANES))
+                upper = builder.and_(upper, kept)
+                store(builder, upper, offset_by(builder, line, 32 * half))
+
+    return primitive(types.void, (types.int64,) * 4, emit)
+
+
+# `_copy_e4m3(source, stride, target, count)`
+_copy_e4m3, _copy_e5m2 = _copy_halves(E4M3), _copy_halves(E5M2)
+
+
+@jit
+def _copy_vectors(
+    kind: int,
+    b: int,
+    depth_stride: int,
+    vector_stride: int,
+    vectors: int,
+    pairs: int,
+    spare: int,
+) -> None:
+    for n in range(vectors):
+        source, target = b + n * vector_stride, spare + n * 64 * pairs
+        if kind == E4M3:
+            _copy_e4m3(source, depth_stride, target, pairs)
+        else:
+            _copy_e5m2(source, depth_stride, target, pairs)
+
+
 @jit
 def _tile_width(kind: int, rows: int, vectors: int) -> int:
     """Vectors of the next tiles, which share what is read, of `vectors` left."""
@@ -178,29 +233,39 @@ def multiply(
     vectors: int,
     depth: int,
     keep: int,
+    spare: int,
 ) -> None:
     """Product `C[rows, 16 * vectors] += A[rows, depth] @ B` with float32 A and C.
 
     B, of dtype `kind`, has vector n of depth step k at
-    `b + n * vector_stride + k * depth_stride`. bfloat16 comes in pairs: k and k+1 of a
-    lane side by side, `depth_stride` for both; of an odd depth the second element of
-    the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+    `b + n * vector_stride + k * depth_stride`. bfloat16 and 8 bits come in pairs: k and
+    k+1 of a lane side by side, `depth_stride` for both; of an odd depth the second
+    element of the last pair is not used. Strides are bytes. `keep = 0` overwrites C.
+
+    8 bits are copied to `spare` as float16, a few vectors at a time, which stay in the
+    L1 cache: `32 * COPIED_VECTORS` bytes for each depth step of an even number.
     """
+    is_copied, pairs = kind >= E4M3, (depth + 1) // 2
+    tile_kind = FLOAT16 if is_copied else kind
     v = 0
     while v < vectors:
-        width = _tile_width(kind, rows, vectors - v)
+        width = _tile_width(tile_kind, rows, vectors - v)
+        tile = b + v * vector_stride
+        if is_copied:
+            _copy_vectors(kind, tile, depth_stride, vector_stride, width, pairs, spare)
+            tile = spare
         r = 0
         while r < rows:
-            height = _tile_height(kind, width, rows - r)
+            height = _tile_height(tile_kind, width, rows - r)
             _product_tile(
-                kind,
+                tile_kind,
                 height,
                 width,
                 a + r * lda,
                 lda,
-                b + v * vector_stride,
-                depth_stride,
-                vector_stride,
+                tile,
+                32 if is_copied else depth_stride,
+                64 * pairs if is_copied else vector_stride,
                 c + r * ldc + v * 64,
                 ldc,
                 depth,

@@ -8,15 +8,16 @@ from sink_paged.attention.arguments import (
     CACHE,
     CACHE_BLOCK,
     CACHE_HEAD,
+    CACHE_KIND,
     COLUMNS,
     HEAD_SIZE,
-    KIND,
     SINKS,
     TABLE,
     TABLE_ROW,
 )
 from sink_paged.attention.simd import (
     copy_masked,
+    element_size,
     jit,
     load_i32,
     load_i64,
@@ -131,7 +132,7 @@ def prefetch_page(
 ) -> None:
     """Ask early for the values of `run` tokens from `key`, or for their keys too."""
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    element = 4 if load_i64(args + KIND) == 0 else 2
+    element = element_size(load_i64(args + CACHE_KIND))
     page, offset = find_page(args, request, kv_head, key), key % block_size
     if with_keys:
         keys = page + offset // 16 * 16 * head_size * element

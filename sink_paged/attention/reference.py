@@ -35,6 +35,8 @@ def sink_attention(
     alibi_slopes: Tensor | None = None,
     soft_cap: float = 0.0,
     sink_logits: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Attend sinks and window of every query; arguments as `cpu.sink_attention`."""
     keys, values = read_kv(kv_cache)
@@ -61,8 +63,8 @@ def sink_attention(
             blocks = torch.tensor([block for block, _ in slots])
             offsets = torch.tensor([offset for _, offset in slots])
             # [num_kv_heads, attended, head_size]
-            k = keys[blocks, :, offsets].transpose(0, 1).float()
-            v = values[blocks, :, offsets].transpose(0, 1).float()
+            k = keys[blocks, :, offsets].transpose(0, 1).float() * k_scale
+            v = values[blocks, :, offsets].transpose(0, 1).float() * v_scale
             k = k.repeat_interleave(num_heads // num_kv_heads, 0)
             v = v.repeat_interleave(num_heads // num_kv_heads, 0)
 

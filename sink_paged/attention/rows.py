@@ -20,11 +20,14 @@ from sink_paged.attention.arguments import (
     ROTARY_DIM,
     ROTATION,
     ROTATION_ROW,
+    SUM_SCALE,
 )
 from sink_paged.attention.simd import (
     add_scaled_row,
+    element_size,
     jit,
     load_f32,
+    load_f64,
     load_i64,
     narrow_row,
     rotate_lanes,
@@ -82,7 +85,7 @@ def read_query(
     """
     kind, head_size = load_i64(args + KIND), load_i64(args + HEAD_SIZE)
     group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
-    element = 4 if kind == 0 else 2
+    element = element_size(kind)
     one = types.float32(1)
     bytes_per_row = 2 * head_size if tiles else 4 * head_size
     for row in range(rows):
@@ -115,16 +118,17 @@ def read_query(
 def write_output(
     args: int, first_row: int, kv_head: int, rows: int, sums: int, state: int
 ) -> None:
-    """Write the sums of a tile's rows, divided by the sums of their weights."""
+    """Write the scaled sums of a tile's rows, divided by the sums of their weights."""
     kind, head_size = load_i64(args + KIND), load_i64(args + HEAD_SIZE)
     group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
-    element = 4 if kind == 0 else 2
+    element = element_size(kind)
+    scale = types.float32(load_f64(args + SUM_SCALE))
     for row in range(rows):
         token, head = first_row + row // group, kv_head * group + row % group
         target = token * load_i64(args + OUTPUT_TOKEN)
         target += head * load_i64(args + OUTPUT_HEAD)
         target = load_i64(args + OUTPUT) + target * element
-        factor = types.float32(1) / load_f32(state + 8 * row + 4)
+        factor = scale / load_f32(state + 8 * row + 4)
         narrow_row(kind, sums + row * 4 * head_size, target, head_size, factor)
 
 

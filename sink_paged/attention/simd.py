@@ -20,10 +20,11 @@ from numba.extending import intrinsic
 
 LANES = 16
 LOG2_E = 1.4426950408889634
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+FLOAT32, BFLOAT16, FLOAT16, E4M3, E5M2 = range(5)
 
 F32, I64, I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-I16, _F16 = ir.IntType(16), ir.HalfType()
+F64 = ir.DoubleType()
+I16, I8, _F16 = ir.IntType(16), ir.IntType(8), ir.HalfType()
 VEC = ir.VectorType(F32, LANES)
 VEC_I32 = ir.VectorType(I32, LANES)
 VEC_I16 = ir.VectorType(I16, LANES)
@@ -72,7 +73,7 @@ def load(builder: Any, address: Any, element: Any) -> Any:
 
 def store(builder: Any, value: Any, address: Any) -> None:
     """Store a value at an address, aligned to its elements."""
-    align = 2 if value.type in (I16, VEC_I16) else 4
+    align = {I8: 1, I16: 2, VEC_I16: 2}.get(value.type, 4)
     builder.store(value, pointer_to(builder, address, value.type), align=align)
 
 
@@ -157,7 +158,7 @@ def _scalar_load(numba_type: Any, element: Any) -> Callable[..., Any]:
 load_i32 = _scalar_load(types.int32, I32)
 load_i64 = _scalar_load(types.int64, I64)
 load_f32 = _scalar_load(types.float32, F32)
-load_f64 = _scalar_load(types.float64, ir.DoubleType())
+load_f64 = _scalar_load(types.float64, F64)
 load_i16 = _scalar_load(types.int16, I16)
 
 
@@ -181,6 +182,23 @@ def _emit_fetch_add(builder: Any, address: Any, amount: Any) -> Any:
 
 
 fetch_add = primitive(types.int64, (ADDRESS, types.int64), _emit_fetch_add)
+
+
+# Elements by kind
+
+
+@jit
+def element_size(kind: int) -> int:
+    """Bytes of an element."""
+    if kind == FLOAT32:
+        return types.int64(4)
+    return types.int64(1 if kind >= E4M3 else 2)
+
+
+@jit
+def pair_size(kind: int) -> int:
+    """Elements of one lane that lie side by side in a page, see `cpu`."""
+    return types.int64(2 if kind == BFLOAT16 or kind >= E4M3 else 1)
 
 
 # Rows of 16-lane vectors

@@ -232,13 +232,6 @@ class SinkTritonAttentionImpl(SinkAttentionImpl):
 class SinkTritonAttentionBackend(SinkAttentionBackend):
     """The Triton kernel's backend."""
 
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
-        *SinkAttentionBackend.supported_kv_cache_dtypes,
-        "fp8",
-        "fp8_e4m3",
-        "fp8_e5m2",
-    ]
-
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Multiples of 8 dims."""
