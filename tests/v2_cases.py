@@ -84,6 +84,7 @@ from tests.engines import (  # noqa: E402
     prompt_losses,
     worst,
 )
+from tests.v2_speculation import CASES as SPECULATION  # noqa: E402
 
 requests.SPARE_TOKENS = 32  # rows slide often
 WINDOW = (4, 60)
@@ -257,6 +258,7 @@ CASES: dict[str, Callable[[], None]] = {
         sampling,
         bad_words,
         preemption,
+        *SPECULATION,
     )
 }
 
