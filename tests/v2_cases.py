@@ -6,7 +6,6 @@ kernels run in Triton's interpreter, and our CUDA backend does too where a case 
 Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -85,15 +84,15 @@ from tests.engines import (  # noqa: E402
     worst,
 )
 from tests.v2_speculation import CASES as SPECULATION  # noqa: E402
+from tests.v2_speculation import (  # noqa: E402
+    GOLD,
+    IDS,
+    SURE,
+    WINDOW,
+    runner_of,
+)
 
 requests.SPARE_TOKENS = 32  # rows slide often
-WINDOW = (4, 60)
-GOLD = json.loads((GOLDEN / "golden.json").read_text())
-IDS: list[int] = GOLD["ids"]
-
-
-def runner_of(llm: Any) -> Any:
-    return core(llm).model_executor.driver_worker.worker.model_runner
 
 
 def losses_and_tokens(num_tokens: int = 700, num_written: int = 150) -> None:
@@ -157,10 +156,6 @@ PENALTIES = {
     "frequency_penalty": 0.2,
     "presence_penalty": 0.1,
 }
-
-
-SURE = 2e-4
-"""Gap of the two best log-probabilities that no order of summation closes."""
 
 
 class Text(NamedTuple):
@@ -263,5 +258,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    CASES[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        if name in CASES:
+            CASES[name]()
     print("passed")
