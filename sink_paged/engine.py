@@ -25,8 +25,6 @@ from sink_paged.platforms import Platform, find_platform
 TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
 SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "draft_model")
 """Legal values of ``method`` in ``--speculative-config``."""
-FIRST_V2 = {"ngram": "0.32.0", "ngram_gpu": "0.32.0", "draft_model": "0.31.0"}
-"""The first vLLM whose model runner V2 has a method."""
 UNTESTED_VARIABLE = "SINK_PAGED_ALLOW_UNTESTED_VLLM"
 """Set to 1 in the environment, any vLLM is tried."""
 
@@ -167,7 +165,10 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
 
 
 def _check_speculation(vllm_config: VllmConfig) -> None:
-    """Refuse drafters that have not been taught what a stream keeps."""
+    """Refuse drafters that have not been taught what a stream keeps.
+
+    vLLM itself refuses those that its model runner does not have.
+    """
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
@@ -175,18 +176,12 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
     resident = vllm_config.model_config.max_model_len
     method = speculative.method
     drafts = method == "draft_model"
-    v2 = vllm_config.use_v2_model_runner
-    first = FIRST_V2.get(method)
     refused = {
         f'method "{method}" (but {", ".join(SPECULATIVE_METHODS)})': (
             method not in SPECULATIVE_METHODS
         ),
-        f'method "{method}" on model runner V2 of vLLM {vllm.__version__}, which has '
-        f"it from {first} on: do not set VLLM_USE_V2_MODEL_RUNNER=1": (
-            v2 and Version(vllm.__version__) < Version(first or "0")
-        ),
         'method "ngram_gpu" on model runner V1: use "ngram"': (
-            not v2 and method == "ngram_gpu"
+            not vllm_config.use_v2_model_runner and method == "ngram_gpu"
         ),
         "parallel_drafting": speculative.parallel_drafting,
         "enable_adaptive_verification": getattr(

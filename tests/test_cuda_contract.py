@@ -46,7 +46,6 @@ from sink_paged.attention.triton_backend import (
     SinkTritonAttentionImpl,
     SinkTritonMetadataBuilder,
 )
-from sink_paged.engine import FIRST_V2
 from sink_paged.gpu_worker import SinkGPUWorker
 from sink_paged.runner_v2.block_tables import RingBlockTables
 from sink_paged.runner_v2.requests import StreamRequestState
@@ -227,13 +226,16 @@ def test_flash_attention_takes_what_it_is_given() -> None:
     assert functions["is_fa_version_supported"].args[0].arg == "fa_version"
 
 
+FIRST_V2 = {"ngram": "0.32.0", "draft_model": "0.31.0"}
+"""The first vLLM whose model runner V2 has a method."""
+
+
 def has_drafter(method: str) -> bool:
-    """Whether this vLLM's model runner V2 is to have a method."""
     return Version(vllm.__version__) >= Version(FIRST_V2[method])
 
 
 def test_runner_v2_has_the_drafters_from_their_versions_on() -> None:
-    """The older ones have none, and take model runner V1 by themselves."""
+    """The older ones take model runner V1 by themselves, or refuse."""
     source = inspect.getsource(spec_decode.init_speculator)
     assert ("uses_draft_model()" in source) is has_drafter("draft_model")
     assert ("use_ngram()" in source) is has_drafter("ngram")

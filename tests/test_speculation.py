@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
+from packaging.version import Version
 from vllm import LLM, SamplingParams
 from vllm.config import vllm as vllm_config_module
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -212,26 +214,20 @@ def with_runner_v2(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "HAS_TRITON", True)
 
 
-@pytest.mark.parametrize(("runner", "ahead"), [("0", False), ("1", True)])
+V2_DRAFTS = Version(vllm.__version__) >= Version("0.31.0")
+
+
+@pytest.mark.parametrize(
+    ("runner", "ahead"), [("0", False)] + [("1", True)] * V2_DRAFTS
+)
 def test_scheduled_ahead_on_runner_v2_only(
     runner: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What vLLM turns on by default where it has a GPU, is turned off for V1."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    monkeypatch.setattr(engine_settings, "FIRST_V2", {"draft_model": "0.0"})
     with_runner_v2(monkeypatch)
     async_scheduling(monkeypatch)
     config = engine_config({"method": "draft_model", "model": str(GOLDEN)})
     assert config.scheduler_config.async_scheduling is ahead
     scheduler = config.scheduler_config.get_scheduler_cls().__name__
     assert scheduler == ("AsyncScheduler" if ahead else "Scheduler")
-
-
-def test_refused_where_runner_v2_has_no_such_drafter(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with_runner_v2(monkeypatch)
-    monkeypatch.setattr(engine_settings, "FIRST_V2", {"ngram": "99.0"})
-    with pytest.raises(ValueError, match=r'"ngram" on model runner V2.*from 99\.0 on'):
-        engine_config({"method": "ngram", "prompt_lookup_max": 3})

@@ -17,12 +17,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 from vllm import LLM, SamplingParams
-from vllm.v1.worker.cpu import shm  # noqa: F401  (makes its buffers the CPU's)
 from vllm.v1.worker.gpu.input_batch import post_update
 from vllm.v1.worker.gpu.states import RequestState
 
 from sink_paged.runner_v2 import requests
-from sink_paged.runner_v2.ngram import StreamNgramSpeculator
 from sink_paged.runner_v2.requests import StreamRequestState
 from tests.engines import (
     GOLDEN,
@@ -266,6 +264,10 @@ def speculation_seeds() -> None:
 
 def n_grams() -> None:
     """What is drafted from rows that slide, against a search of each text's end."""
+    from vllm.v1.worker.cpu import shm  # noqa: F401  (makes vLLM's buffers the CPU's)
+
+    from sink_paged.runner_v2.ngram import StreamNgramSpeculator  # from vLLM 0.32 on
+
     chance = random.Random(1)
     resident, most, prompt = 64, 3, 70
     states = RequestState(4, 64, 64, DRAFTS, 320, torch.device("cpu"))

@@ -27,7 +27,7 @@ def tokens_looked_back(vllm_config: VllmConfig) -> int:
         vllm_config: of the worker, whose ``max_model_len`` is that bound.
     """
     speculative = vllm_config.speculative_config
-    if speculative is None or not speculative.use_ngram():
+    if speculative is None or speculative.method not in ("ngram", "ngram_gpu"):
         return 0
     return int(vllm_config.model_config.max_model_len)
 
