@@ -28,7 +28,7 @@ from sink_paged.platforms import (
 )
 
 TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
-SPECULATIVE_METHODS = ("ngram", "draft_model")
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "draft_model")
 """Legal values of ``method`` in ``--speculative-config``."""
 UNTESTED_VARIABLE = "SINK_PAGED_ALLOW_UNTESTED_VLLM"
 """Set to 1 in the environment, any vLLM is tried."""
@@ -108,6 +108,7 @@ def enable_sink_eviction(vllm_config: VllmConfig, config: SinkConfig) -> None:
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
     if vllm_config.speculative_config is not None:
         vllm_config.speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
+        _settle_scheduling(vllm_config)
     vllm_config.parallel_config.worker_cls = platform.worker
 
 
@@ -175,24 +176,28 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
 
 
 def _check_speculation(vllm_config: VllmConfig) -> None:
-    """Refuse drafters that have not been taught what a stream keeps."""
+    """Refuse drafters that have not been taught what a stream keeps.
+
+    vLLM itself refuses those that its model runner does not have.
+    """
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
     draft = speculative.draft_model_config
     resident = vllm_config.model_config.max_model_len
-    drafts = speculative.method == "draft_model"
+    method = speculative.method
+    drafts = method == "draft_model"
     refused = {
-        f'method "{speculative.method}" (but {" and ".join(SPECULATIVE_METHODS)})': (
-            speculative.method not in SPECULATIVE_METHODS
+        f'method "{method}" (but {", ".join(SPECULATIVE_METHODS)})': (
+            method not in SPECULATIVE_METHODS
         ),
-        "async scheduling: give --no-async-scheduling": (
-            vllm_config.scheduler_config.async_scheduling
-        ),
-        "model runner V2: VLLM_USE_V2_MODEL_RUNNER=0 takes the other one": (
-            vllm_config.use_v2_model_runner
+        'method "ngram_gpu" on model runner V1: use "ngram"': (
+            not vllm_config.use_v2_model_runner and method == "ngram_gpu"
         ),
         "parallel_drafting": speculative.parallel_drafting,
+        "enable_adaptive_verification": getattr(
+            speculative, "enable_adaptive_verification", False
+        ),
         "a kv_cache_dtype of its own": speculative.kv_cache_dtype is not None,
         "use_heterogeneous_vocab": getattr(
             speculative, "use_heterogeneous_vocab", False
@@ -205,6 +210,22 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
             raise UnsupportedSettingError(
                 "sink eviction does not support --speculative-config with " + setting
             )
+
+
+def _settle_scheduling(vllm_config: VllmConfig) -> None:
+    """Turn async scheduling off where drafts on model runner V1 would meet it.
+
+    vLLM turns it on by default, and makes its scheduler later. There V1 runs a step
+    before it knows which drafts of the step before hold, and corrects what it keeps of
+    a request afterwards; that has not been taught streams.
+    """
+    scheduler = vllm_config.scheduler_config
+    if scheduler.async_scheduling and not vllm_config.use_v2_model_runner:
+        logger.warning_once(
+            "Sink eviction turns async scheduling off for speculative decoding on "
+            "model runner V1"
+        )
+        scheduler.async_scheduling = False
 
 
 def _check_runner_v2(vllm_config: VllmConfig) -> None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
@@ -171,6 +172,30 @@ def apply_penalties_to_drafts(
         sampling_metadata.presence_penalties[repeat_indices],
     )
     return apply_penalties(logits, factors, output_token_ids)
+
+
+class DraftModel(NamedTuple):
+    """A draft model that has been loaded.
+
+    Attributes:
+        model: the model.
+        vllm_config: as it sees it.
+        max_tokens: the most tokens of a step.
+    """
+
+    model: nn.Module
+    vllm_config: VllmConfig
+    max_tokens: int
+
+
+def draft_model(runner: Any) -> DraftModel | None:
+    """The draft model of model runner V1, if it has loaded one."""
+    drafter = getattr(runner, "drafter", None)
+    if not isinstance(drafter, DraftModelProposer):
+        return None
+    return DraftModel(
+        drafter.model, drafter._create_draft_vllm_config(), drafter.max_num_tokens
+    )
 
 
 def enable_speculation(runner: Any, resident_tokens: int) -> None:

@@ -28,7 +28,7 @@ from sink_paged.config import StreamConfig
 from sink_paged.kv_cache import SinkWindowSpec, StreamBound, group_spec
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
-from sink_paged.speculation import enable_speculation
+from sink_paged.speculation import draft_model, enable_speculation
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Stock
@@ -126,14 +126,10 @@ class StreamWorker(Stock):
             bind_rotations(
                 runner.get_model(), self.vllm_config, stream, runner.max_num_tokens
             )
-        drafter = getattr(runner, "drafter", None)
-        if drafter is not None and hasattr(drafter, "model"):
-            bind_rotations(
-                drafter.model,
-                drafter._create_draft_vllm_config(),
-                stream,
-                drafter.max_num_tokens,
-            )
+        v2 = self.vllm_config.use_v2_model_runner
+        draft = runner_v2.draft_model(runner) if v2 else draft_model(runner)
+        if draft is not None:
+            bind_rotations(draft.model, draft.vllm_config, stream, draft.max_tokens)
         stock_specs = runner.get_kv_cache_spec
         # The runner asks itself when it measures what CUDA graphs take.
         runner.get_kv_cache_spec = lambda: stream_specs(stock_specs(), self.vllm_config)

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "llama_mha"
@@ -157,6 +158,19 @@ def flash_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
                 output = generate(llm, [ids], greedy(4, prompt_logprobs=0))[0]
                 losses[route] = prompt_losses(output)
     return losses
+
+
+def async_scheduling(patch: pytest.MonkeyPatch) -> None:
+    """Let engines on the CPU schedule as on a GPU: vLLM turns it off at the end."""
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def keep_asked(cls: type, vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    patch.setattr(platform, "check_and_update_config", classmethod(keep_asked))
 
 
 def core(llm: LLM) -> Any:

@@ -2,10 +2,11 @@
 """Everything that needs a GPU, in one go: ``python tests/gpu_check.py``.
 
 The kernels against their oracles; the 2023 code's losses and greedy tokens on both of
-vLLM's model runners, eager, compiled and in CUDA graphs; an 8-bit cache; then the time
-of the attention kernel beside vLLM's own. Each part runs in a process of its own and
-prints a line; ``--jobs`` runs several beside each other, but what measures time or
-memory after the others, alone. ``--only`` takes some of them, as ``--list`` names them.
+vLLM's model runners, eager, compiled and in CUDA graphs; the same tokens with drafts;
+an 8-bit cache; then the time of the attention kernel beside vLLM's own. Each part runs
+in a process of its own and prints a line; ``--jobs`` runs several beside each other,
+but what measures time or memory after the others, alone. ``--only`` takes some of them,
+as ``--list`` names them.
 Without a CUDA device all are skipped.
 """
 
@@ -81,6 +82,65 @@ def gpu_engine(sinks: tuple[int, int] | None, **options: Any) -> Any:
     # Enough for a pocket model; several checks may share the device.
     defaults = {"enforce_eager": False, "gpu_memory_utilization": 0.05}
     return engine(GOLDEN, sinks, **{**defaults, **options})
+
+
+def check_speculation(method: str) -> str:
+    """Greedy tokens of the 2023 code with drafts, on the runner that vLLM chooses.
+
+    Args:
+        method: of the drafter; a draft model is the golden one itself, whose drafts
+            hold only if it sees the same context as its target.
+    """
+    from tests.engines import (
+        GOLDEN,
+        first_near_tie,
+        generate,
+        greedy,
+        pool_is_empty,
+    )
+
+    golden = json.loads((GOLDEN / "golden.json").read_text())
+    ids, reference = golden["ids"], golden["res"]["greedy_4+60"]
+    tie = first_near_tie(reference["top2_gap"])
+    drafter = {
+        "draft_model": {"model": str(GOLDEN)},
+        "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    }
+    config = {"method": method, "num_speculative_tokens": 3}
+    options = {"max_num_batched_tokens": 128, "disable_log_stats": False}
+    loop = [256, *([5, 9, 17, 3] * 30)]
+    # Texts of few tokens repeat themselves; a draft model does not know of the few.
+    few = list(range(12)) if method == "ngram" else None
+    few_tokens = greedy(200, allowed_token_ids=few)
+    with gpu_engine((4, 60), **options) as llm:
+        alone = generate(llm, [loop], few_tokens)[0].outputs[0].token_ids
+    with gpu_engine(
+        (4, 60), speculative_config=config | drafter[method], **options
+    ) as llm:
+        prompts = [ids[: reference["prompt_len"]], ids[:300], loop]
+        outputs = generate(llm, prompts, [greedy(400), greedy(400), few_tokens])
+        counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        scheduled_by = type(scheduler).__name__
+        v2 = llm.llm_engine.vllm_config.use_v2_model_runner
+        assert pool_is_empty(llm)
+    drafted = counts["vllm:spec_decode_num_draft_tokens"]
+    right = counts["vllm:spec_decode_num_accepted_tokens"]
+    tokens = list(outputs[0].outputs[0].token_ids)
+    assert tokens[:tie] == reference["tokens"][:tie]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [400, 400, 200]
+    looped = list(outputs[2].outputs[0].token_ids)
+    same = next((i for i in range(200) if looped[i] != alone[i]), 200)
+    assert same > 20, f"the third text differs from {same} on"
+    if method == "ngram":
+        assert 0 < right < drafted
+    else:
+        assert right > 0.9 * drafted, f"{right} of {drafted} drafts: another context"
+    runner = f"runner V{1 + v2}, {scheduled_by}"
+    return (
+        f"{runner}: {right} of {drafted} drafts held, tokens equal up to the tie at "
+        f"{tie}, those of another text up to {same}"
+    )
 
 
 def check_long_stream() -> str:
@@ -177,6 +237,15 @@ for _version in ("1", "0"):
         {"VLLM_USE_V2_MODEL_RUNNER": _version},
     )
 CHECKS["FlashAttention, full graphs"] = (lambda: check_flash("full graphs"), {})
+for _method in ("draft_model", "ngram"):
+    CHECKS[f"speculation, {_method}"] = (
+        lambda method=_method: check_speculation(method),  # type: ignore[misc]
+        {},
+    )
+CHECKS["speculation, draft_model, V1"] = (
+    lambda: check_speculation("draft_model"),
+    {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+)
 CHECKS["8-bit cache"] = (check_fp8, {})
 CHECKS["two GPUs"] = (
     lambda: check_engine("default", tensor_parallel=2),

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from packaging.version import Version
+from vllm.config import VllmConfig
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import registry
@@ -26,12 +28,14 @@ from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
 )
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.worker.gpu import model_runner as v2
+from vllm.v1.worker.gpu import spec_decode
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -92,7 +96,8 @@ def test_state_of_the_v2_runner() -> None:
     assert {"has_prefill", "idx_mapping", "query_start_loc", "num_reqs"} <= inputs
     for kind, attributes in {
         RequestState: ["all_token_ids", "total_len", "prompt_len", "req_id_to_index",
-                       "num_computed_tokens_np", "max_num_reqs", "device"],
+                       "num_computed_tokens_np", "max_num_reqs", "device",
+                       "num_speculative_steps"],
         BlockTables: ["block_tables", "num_blocks", "slot_mappings", "block_sizes",
                       "num_kv_cache_groups", "block_table_ptrs", "block_sizes_tensor",
                       "block_table_strides", "device"],
@@ -102,7 +107,7 @@ def test_state_of_the_v2_runner() -> None:
         BadWordsState: ["req_states"],
         v2.GPUModelRunner: ["req_states", "block_tables", "input_buffers", "sampler",
                             "prompt_logprobs_worker", "kv_cache_config",
-                            "max_num_tokens"],
+                            "max_num_tokens", "max_num_reqs", "speculator"],
     }.items():  # fmt: skip
         source = inspect.getsource(kind)
         for attribute in attributes:
@@ -131,8 +136,15 @@ def test_everything_that_reads_a_text_is_known() -> None:
         )
         if (root / name).exists()  # the newer features
     }  # fmt: skip
-    speculation = {name for name in readers if name.startswith("spec_decode/")}
-    assert readers - speculation == handled | refused
+    drafters = {
+        name
+        for name in (
+            "spec_decode/ngram/speculator.py",
+            "spec_decode/speculator.py",  # to watermark, which is refused
+        )
+        if name in readers
+    }
+    assert readers == handled | refused | drafters
     assert "if batch_req_state.has_prefill:\n            prepare_prefill_inputs(" in (
         inspect.getsource(v2.GPUModelRunner.prepare_inputs)
     )
@@ -212,3 +224,75 @@ def test_flash_attention_takes_what_it_is_given() -> None:
     assert [argument.arg for argument in functions[FLASH].args[:3]] == ["q", "k", "v"]
     assert {keyword.arg for keyword in given.keywords} <= taken
     assert functions["is_fa_version_supported"].args[0].arg == "fa_version"
+
+
+FIRST_V2 = {"ngram": "0.32.0", "draft_model": "0.31.0"}
+"""The first vLLM whose model runner V2 has a method."""
+
+
+def has_drafter(method: str) -> bool:
+    return Version(vllm.__version__) >= Version(FIRST_V2[method])
+
+
+def test_runner_v2_has_the_drafters_from_their_versions_on() -> None:
+    """The older ones take model runner V1 by themselves, or refuse."""
+    source = inspect.getsource(spec_decode.init_speculator)
+    assert ("uses_draft_model()" in source) is has_drafter("draft_model")
+    assert ("use_ngram()" in source) is has_drafter("ngram")
+    declined = inspect.getsource(VllmConfig._get_v2_model_runner_unsupported_features)
+    assert ('"ngram"' in declined) is not has_drafter("ngram")
+
+
+def test_draft_models_of_the_v2_runner() -> None:
+    """What is set and read of them, and how they call the model."""
+    if not has_drafter("draft_model"):
+        return
+    for attribute in ("max_model_len", "draft_max_seq_len", "draft_model_config"):
+        source = inspect.getsource(DraftModelSpeculator.__init__)
+        assert f"self.{attribute} = " in source
+    assert "self.model = " in inspect.getsource(DraftModelSpeculator.load_model)
+    assert "_build_attn_metadata" in vars(DraftModelSpeculator)
+    names = ("StandaloneARSpeculator", "PlainDraftModelSpeculator")
+    (name,) = (
+        name for name in names if name in inspect.getsource(spec_decode.init_speculator)
+    )
+    folder = Path(spec_decode.__file__).parent
+    (path,) = (
+        path for path in folder.rglob("*.py") if f"class {name}" in path.read_text()
+    )
+    source = path.read_text()
+    assert f"class {name}(DraftModelSpeculator)" in source
+    assert "num_extra_query_per_req = 1" in source  # a token more of each request
+    assert "input_ids=input_ids,\n                positions=positions," in source
+    assert source.count("block_tables.compute_slot_mappings(") == 2
+
+
+def test_n_grams_of_the_v2_runner() -> None:
+    """How rows, their lengths and the longest row reach the kernels."""
+    if not has_drafter("ngram"):
+        return
+    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+
+    from sink_paged.runner_v2.ngram import StreamNgramSpeculator
+
+    assert leading(NgramGPUSpeculator.__init__) == [
+        "self", "vllm_config", "device", "req_states",
+    ]  # fmt: skip
+    stock, mine = (
+        inspect.signature(kind.propose).parameters
+        for kind in (NgramGPUSpeculator, StreamNgramSpeculator)
+    )
+    assert list(stock)[:2] == list(mine)[:2] == ["self", "input_batch"]
+    assert "dummy_run" in stock
+    source = inspect.getsource(NgramGPUSpeculator)
+    for used in (
+        "self.max_model_len: int = vllm_config.model_config.max_model_len",
+        "token_ids = req_states.all_token_ids.gpu",
+        "token_ids.stride(0)",
+        "req_states.total_len.gpu",
+        "self.num_speculative_steps",
+    ):
+        assert used in source
+    assert "self.speculator = init_speculator(" in (
+        inspect.getsource(v2.GPUModelRunner.__init__)
+    )

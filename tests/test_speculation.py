@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
+from packaging.version import Version
 from vllm import LLM, SamplingParams
+from vllm.config import vllm as vllm_config_module
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from sink_paged import engine as engine_settings
 from tests.engines import (
     GOLDEN,
     NEAR_TIE,
+    async_scheduling,
     engine,
     forget,
     generate,
@@ -160,7 +165,7 @@ def test_preempted_while_speculating(alone: dict[str, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"method": "ngram_gpu", "num_speculative_tokens": 3}, "ngram_gpu"),
+        ({"method": "ngram_gpu", "num_speculative_tokens": 3}, "ngram_gpu.*runner V1"),
         (
             {
                 "method": "draft_model",
@@ -190,3 +195,39 @@ def test_refused(config: dict[str, Any], message: str) -> None:
     )
     with pytest.raises(ValueError, match=f"does not support.*{message}"):
         arguments.create_engine_config()
+
+
+def engine_config(config: dict[str, Any], **options: Any) -> Any:
+    """The config of an engine that would be started with a drafter."""
+    return AsyncEngineArgs(
+        model=str(GOLDEN),
+        skip_tokenizer_init=True,
+        speculative_config=config | {"num_speculative_tokens": 2},
+        additional_config={"sink_paged": {}},
+        **options,
+    ).create_engine_config()
+
+
+def with_runner_v2(patch: pytest.MonkeyPatch) -> None:
+    """Let configs name model runner V2, for which a CPU has no Triton."""
+    for module in (vllm_config_module, engine_settings):
+        patch.setattr(module, "HAS_TRITON", True)
+
+
+V2_DRAFTS = Version(vllm.__version__) >= Version("0.31.0")
+
+
+@pytest.mark.parametrize(
+    ("runner", "ahead"), [("0", False)] + [("1", True)] * V2_DRAFTS
+)
+def test_scheduled_ahead_on_runner_v2_only(
+    runner: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM turns on by default where it has a GPU, is turned off for V1."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    with_runner_v2(monkeypatch)
+    async_scheduling(monkeypatch)
+    config = engine_config({"method": "draft_model", "model": str(GOLDEN)})
+    assert config.scheduler_config.async_scheduling is ahead
+    scheduler = config.scheduler_config.get_scheduler_cls().__name__
+    assert scheduler == ("AsyncScheduler" if ahead else "Scheduler")

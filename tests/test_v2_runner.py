@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
         ["sampling"],
         ["bad_words"],
         ["preemption"],
+        ["speculation", "speculation_seeds", "n_grams"],  # a start takes ten seconds
+        ["speculation_cuda", "--cuda-backend"],
     ],
     ids=lambda arguments: arguments[0],
 )

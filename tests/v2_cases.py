@@ -6,7 +6,6 @@ kernels run in Triton's interpreter, and our CUDA backend does too where a case 
 Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch  # noqa: E402
 import triton.backends  # noqa: E402
 from triton.backends import Backend
 from triton.backends.driver import DriverBase
+from triton.runtime.interpreter import InterpreterBuilder
 
 
 class Interpreter(DriverBase):
@@ -49,6 +49,14 @@ class Interpreter(DriverBase):
         raise NotImplementedError
 
 
+def load_masked(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+    """A masked load; what compares scalars becomes a block of integers there."""
+    mask.data = mask.data.astype(bool)
+    return LOAD_MASKED(self, pointers, mask, *args)
+
+
+LOAD_MASKED = InterpreterBuilder.create_masked_load
+InterpreterBuilder.create_masked_load = load_masked  # type: ignore[method-assign]
 triton.backends.backends["cpu"] = Backend(compiler=None, driver=Interpreter)  # type: ignore[arg-type]
 if "--cuda-backend" in sys.argv:
     from sink_paged import platforms
@@ -73,15 +81,16 @@ from tests.engines import (  # noqa: E402
     prompt_losses,
     worst,
 )
+from tests.v2_speculation import CASES as SPECULATION  # noqa: E402
+from tests.v2_speculation import (  # noqa: E402
+    GOLD,
+    IDS,
+    SURE,
+    WINDOW,
+    runner_of,
+)
 
-requests.ROW_TOKENS = requests.TAIL + 32  # rows slide often
-WINDOW = (4, 60)
-GOLD = json.loads((GOLDEN / "golden.json").read_text())
-IDS: list[int] = GOLD["ids"]
-
-
-def runner_of(llm: Any) -> Any:
-    return core(llm).model_executor.driver_worker.worker.model_runner
+requests.SPARE_TOKENS = 32  # rows slide often
 
 
 def losses_and_tokens(num_tokens: int = 700, num_written: int = 150) -> None:
@@ -93,7 +102,8 @@ def losses_and_tokens(num_tokens: int = 700, num_written: int = 150) -> None:
     with engine(GOLDEN, WINDOW, max_num_batched_tokens=128) as llm:
         runner = runner_of(llm)
         assert type(runner).__name__ == "StreamCPUModelRunner"
-        assert runner.req_states.all_token_ids.gpu.shape[1] == requests.ROW_TOKENS
+        row_tokens = requests.TAIL + requests.SPARE_TOKENS
+        assert runner.req_states.all_token_ids.gpu.shape[1] == row_tokens
         read, written = generate(
             llm,
             [ids, IDS[: reference["prompt_len"]]],
@@ -144,10 +154,6 @@ PENALTIES = {
     "frequency_penalty": 0.2,
     "presence_penalty": 0.1,
 }
-
-
-SURE = 2e-4
-"""Gap of the two best log-probabilities that no order of summation closes."""
 
 
 class Text(NamedTuple):
@@ -245,9 +251,12 @@ CASES: dict[str, Callable[[], None]] = {
         sampling,
         bad_words,
         preemption,
+        *SPECULATION,
     )
 }
 
 if __name__ == "__main__":
-    CASES[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        if name in CASES:
+            CASES[name]()
     print("passed")

@@ -6,6 +6,7 @@ Its state lives on the device, in rows that are as long as the longest text. Her
 - ``block_tables``: rings of columns;
 - ``requests``: what has still to be read of a text, and the last of what was written;
 - ``sampling``: penalties and prompt log-probabilities from those;
+- ``speculation``, ``ngram``: drafters on texts without an end;
 - ``runner``: where the runner meets them.
 
 vLLM's modules are imported only when such a runner is there: they need Triton.
@@ -13,7 +14,10 @@ vLLM's modules are imported only when such a runner is there: they need Triton.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sink_paged.speculation import DraftModel
 
 
 def adopt_runner(runner: Any) -> None:
@@ -21,6 +25,13 @@ def adopt_runner(runner: Any) -> None:
     from sink_paged.runner_v2.runner import StreamRunner
 
     StreamRunner.adopt(runner)
+
+
+def draft_model(runner: Any) -> DraftModel | None:
+    """The draft model of a loaded ``runner``, if it has one."""
+    from sink_paged.runner_v2.speculation import draft_model
+
+    return draft_model(runner)
 
 
 def enable_streams(runner: Any) -> None:

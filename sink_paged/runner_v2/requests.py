@@ -6,10 +6,11 @@ memory. The kernels that go through it need the tokens that have still to be rea
 the host keeps here, and the last few, which bad words are compared with. A row holds
 those only, and slides along the text::
 
-    text    [0, n - TAIL) forgotten      [n - TAIL, n) the tail      n, next to come
-    row                                  [0, TAIL)                   up to ROW_TOKENS
+    text    [0, n - tail) forgotten      [n - tail, n) the tail      n, next to come
+    row                                  [0, tail)                   SPARE_TOKENS more
 
-``total_len`` counts in the row. Everything else counts in the text.
+``total_len`` counts in the row. Everything else counts in the text. A drafter that
+looks n-grams up has a longer tail.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from vllm import envs
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.states import RequestState
 
+from sink_paged.window import cdiv
+
 TAIL = max(64, envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS)
 """Last tokens of a text that stay readable: as many as a bad word can have."""
-ROW_TOKENS = 4 * TAIL
-"""A row slides back to its tail when it is full, once in ``3 * TAIL`` tokens."""
+SPARE_TOKENS = 3 * TAIL
+"""Tokens that a row takes behind its tail, before it slides back to that."""
+SLIDE_TOKENS = 1 << 20
+"""Tokens that are moved at a time, so that what moves them takes little memory."""
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -65,26 +70,31 @@ class UnreadTokens:
 
 
 class TailRows(StagedWriteTensor):
-    """Rows of tokens, of which only the last ``TAIL`` are written at once."""
+    """Rows of tokens, of which only the last ``tail`` are written at once."""
+
+    tail: int
 
     def stage_write(self, index: int, start: int, x: Any) -> None:
         """Write the tail of a text to the beginning of a row."""
-        super().stage_write(index, start, x[-TAIL:])
+        super().stage_write(index, start, x[-self.tail :])
 
 
 class TailLengths(StagedWriteTensor):
     """Lengths of texts, counted in their rows."""
 
+    tail: int
+
     def stage_write_elem(self, index: int, x: int) -> None:
         """Write the length of the tail of a text of ``x`` tokens."""
-        super().stage_write_elem(index, min(x, TAIL))
+        super().stage_write_elem(index, min(x, self.tail))
 
 
 class StreamRequestState(RequestState):
     """vLLM's request states, with what they keep of a text bounded.
 
     Attributes:
-        all_token_ids: int32 ``[max_num_reqs, ROW_TOKENS]``.
+        all_token_ids: int32 ``[max_num_reqs, tail + SPARE_TOKENS]``.
+        tail: last tokens of a text that stay readable.
         total_len: int32 ``[max_num_reqs]``, where in its row a text goes on.
         row_prompt_len: the prompt's end in the row's positions, so often negative,
             int32 ``[max_num_reqs]``.
@@ -94,6 +104,7 @@ class StreamRequestState(RequestState):
             where the text does not say; None when nobody asked.
     """
 
+    tail: int
     row_prompt_len: StagedWriteTensor
     unread: dict[int, UnreadTokens]
     texts: dict[int, list[int]]
@@ -101,13 +112,21 @@ class StreamRequestState(RequestState):
     _row_end: npt.NDArray[np.int64]
 
     @classmethod
-    def adopt(cls, states: RequestState) -> StreamRequestState:
-        """Take over the state of a runner that has no requests yet."""
+    def adopt(cls, states: RequestState, looks_back: int = 0) -> StreamRequestState:
+        """Take over the state of a runner that has no requests yet.
+
+        Args:
+            states: of the runner.
+            looks_back: last tokens of a text that a drafter reads.
+        """
         streams = cls.__new__(cls)
         streams.__dict__.update(states.__dict__)
         n, device = states.max_num_reqs, states.device
-        streams.all_token_ids = TailRows((n, ROW_TOKENS), torch.int32, device)
-        streams.total_len = TailLengths(n, torch.int32, device)
+        tail = streams.tail = max(TAIL, looks_back)
+        rows = TailRows((n, tail + SPARE_TOKENS), torch.int32, device)
+        lengths = TailLengths(n, torch.int32, device)
+        rows.tail = lengths.tail = tail
+        streams.all_token_ids, streams.total_len = rows, lengths
         streams.row_prompt_len = StagedWriteTensor(n, torch.int32, device)
         streams.unread, streams.texts, streams.targets = {}, {}, None
         streams._row_end = np.zeros(n, dtype=np.int64)
@@ -130,7 +149,7 @@ class StreamRequestState(RequestState):
             max_tokens=max_tokens,
         )
         row = self.req_id_to_index[req_id]
-        tail = min(len(all_token_ids), TAIL)
+        tail = min(len(all_token_ids), self.tail)
         self.row_prompt_len.stage_write_elem(
             row, prompt_len - len(all_token_ids) + tail
         )
@@ -194,18 +213,23 @@ class StreamRequestState(RequestState):
         self.targets = to_device(targets, self.device) if with_targets else None
 
     def make_room(self, rows: npt.NDArray[np.intp]) -> None:
-        """Have room for the token that the step may write into each of ``rows``."""
-        full = rows[self._row_end[rows] >= ROW_TOKENS]
+        """Have room for the tokens that the step may write into each of ``rows``.
+
+        How many of the drafted ones will be accepted the host does not know.
+        """
+        most = 1 + self.num_speculative_steps
+        full = rows[self._row_end[rows] + most > self.all_token_ids.gpu.shape[1]]
         if len(full):
-            self._slide(full)
-            self._row_end[full] = TAIL
-        self._row_end[rows] += 1
+            for part in np.array_split(full, cdiv(len(full) * self.tail, SLIDE_TOKENS)):
+                self._slide(part)
+            self._row_end[full] = self.tail
+        self._row_end[rows] += most
 
     def _slide(self, rows: npt.NDArray[np.intp]) -> None:
         index = to_device(rows.astype(np.int64), self.device)
-        shift = (self.total_len.gpu[index] - TAIL).clamp(min=0)
-        tail = shift[:, None] + torch.arange(TAIL, device=self.device)
+        shift = (self.total_len.gpu[index] - self.tail).clamp(min=0)
+        tail = shift[:, None] + torch.arange(self.tail, device=self.device)
         tokens = self.all_token_ids.gpu
-        tokens[index, :TAIL] = tokens[index[:, None], tail]
+        tokens[index, : self.tail] = tokens[index[:, None], tail]
         self.total_len.gpu[index] -= shift
         self.row_prompt_len.gpu[index] -= shift

@@ -11,6 +11,7 @@ from sink_paged.kv_cache import group_spec
 from sink_paged.runner_v2.block_tables import RingBlockTables
 from sink_paged.runner_v2.requests import StreamRequestState
 from sink_paged.runner_v2.sampling import adopt_sampler
+from sink_paged.runner_v2.speculation import adopt_speculator, tokens_looked_back
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Stock
@@ -34,7 +35,10 @@ class StreamRunner(Stock):
         """Turn ``runner``, which has no model yet, into a runner of streams."""
         kind = type(runner)
         runner.__class__ = type(f"Stream{kind.__name__}", (cls, kind), {})
-        runner.req_states = StreamRequestState.adopt(runner.req_states)
+        runner.req_states = StreamRequestState.adopt(
+            runner.req_states, tokens_looked_back(runner.vllm_config)
+        )
+        adopt_speculator(runner, runner.req_states)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See ``GPUModelRunner``."""
