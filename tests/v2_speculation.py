@@ -137,6 +137,8 @@ def speculating(
         "logprobs_mode": "processed_logprobs",
         "async_scheduling": False,
     } | options
+    if window is not None:  # the most that is resident, which the texts go past
+        options["max_model_len"] = 1 + sum(window)
     with engine(GOLDEN, window, **options) as llm:
         yield llm
 
@@ -189,8 +191,7 @@ def drafts_by_n_grams(alone: list[Written], params: list[SamplingParams]) -> Non
     """Looked up in rows that slide, a step ahead of what is known."""
     config = {"method": "ngram_gpu", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     resident = 1 + sum(WINDOW)
-    options = {"max_model_len": resident, "async_scheduling": True}
-    with speculating(config, **options) as llm:
+    with speculating(config, async_scheduling=True) as llm:
         assert type(core(llm).scheduler).__name__ == "AsyncScheduler"
         rows = runner_of(llm).req_states
         assert rows.tail == resident
@@ -256,7 +257,7 @@ def speculation_seeds() -> None:
     """Random tokens: those of stock vLLM with the same drafter, where it has all."""
     config = {"method": "draft_model", "model": str(GOLDEN)}
     prompts = [IDS[:90]]
-    params = [greedy(12, logprobs=2, temperature=1.0, seed=4, repetition_penalty=1.2)]
+    params = [greedy(8, logprobs=2, temperature=1.0, seed=4, repetition_penalty=1.2)]
     written = {}
     for window in (None, (4, 251)):
         with speculating(config, window) as llm:
