@@ -135,7 +135,10 @@ def speculating(
         "max_num_batched_tokens": 64,
         "disable_log_stats": False,
         "logprobs_mode": "processed_logprobs",
+        "async_scheduling": False,
     } | options
+    if window is not None:  # the most that is resident, which the texts go past
+        options["max_model_len"] = 1 + sum(window)
     with engine(GOLDEN, window, **options) as llm:
         yield llm
 
@@ -164,7 +167,11 @@ def speculation() -> None:
         alone = write(llm, PROMPTS, params)
     assert alone[2].tokens[:5] == first.tokens[:5]
     assert alone[2].tokens[5] != first.tokens[5]
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        async_scheduling(patch)
         drafts_by_itself(alone, params)
         drafts_by_n_grams(alone, params)
         drafts_of_other_heads(Path(folder) / "heads", alone)
@@ -181,9 +188,11 @@ def drafts_by_itself(alone: list[Written], params: list[SamplingParams]) -> None
 
 
 def drafts_by_n_grams(alone: list[Written], params: list[SamplingParams]) -> None:
-    config = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    """Looked up in rows that slide, a step ahead of what is known."""
+    config = {"method": "ngram_gpu", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     resident = 1 + sum(WINDOW)
-    with speculating(config, max_model_len=resident) as llm:
+    with speculating(config, async_scheduling=True) as llm:
+        assert type(core(llm).scheduler).__name__ == "AsyncScheduler"
         rows = runner_of(llm).req_states
         assert rows.tail == resident
         assert rows.all_token_ids.gpu.shape[1] < len(PROMPTS[0]) + LENGTHS[0]
@@ -207,25 +216,23 @@ def preempted_and_scheduled_ahead(
     """In a pool that does not hold all streams, a step ahead of what is known."""
     almost_golden(folder)
     preempted = []
-    with pytest.MonkeyPatch.context() as patch:
-        async_scheduling(patch)
-        with speculating(
-            {"method": "draft_model", "model": str(folder)},
-            async_scheduling=True,
-            block_size=16,
-            num_gpu_blocks_override=18,
-        ) as llm:
-            scheduler = core(llm).scheduler
-            assert type(scheduler).__name__ == "AsyncScheduler"
-            preempt = scheduler._preempt_request
+    with speculating(
+        {"method": "draft_model", "model": str(folder)},
+        async_scheduling=True,
+        block_size=16,
+        num_gpu_blocks_override=18,
+    ) as llm:
+        scheduler = core(llm).scheduler
+        assert type(scheduler).__name__ == "AsyncScheduler"
+        preempt = scheduler._preempt_request
 
-            def counted(request: Any, *args: Any, **kwargs: Any) -> Any:
-                preempted.append(request.num_output_tokens)
-                return preempt(request, *args, **kwargs)
+        def counted(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
 
-            scheduler._preempt_request = counted
-            check_same(write(llm, PROMPTS, params), alone)
-            drafted, right = drafts(llm)
+        scheduler._preempt_request = counted
+        check_same(write(llm, PROMPTS, params), alone)
+        drafted, right = drafts(llm)
     assert 0 < right < drafted
     assert max(preempted) > 0
 
@@ -250,7 +257,7 @@ def speculation_seeds() -> None:
     """Random tokens: those of stock vLLM with the same drafter, where it has all."""
     config = {"method": "draft_model", "model": str(GOLDEN)}
     prompts = [IDS[:90]]
-    params = [greedy(12, logprobs=2, temperature=1.0, seed=4, repetition_penalty=1.2)]
+    params = [greedy(8, logprobs=2, temperature=1.0, seed=4, repetition_penalty=1.2)]
     written = {}
     for window in (None, (4, 251)):
         with speculating(config, window) as llm:
