@@ -23,6 +23,7 @@ import pyarrow
 import ray
 import ray.data
 from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sink_paged.offline.files import read_lines
 from sink_paged.offline.lines import Request
@@ -156,7 +157,7 @@ def run_on_ray(
         return
     with cluster(address):
         slots = plan([node["Resources"] for node in _nodes()], workers, gpus)
-        progress = ray.remote(num_cpus=0)(Progress).remote()
+        progress = _on_this_node(Progress).remote()
         # Ray Data sends workers twice what they run at a time; the third is in reserve.
         source = LineSource(path, wanted, progress, 3 * slots.workers * in_flight)
         worker = partial(start_engine, slots.per_node), in_flight, progress
@@ -171,6 +172,14 @@ def run_on_ray(
                 record(outcome, output, tally)
                 progress.finish.remote(line_of(outcome))
             tally.show()
+
+
+def _on_this_node(kind: type) -> Any:
+    """An actor's class whose actors outlive every node but the driver's."""
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind)
 
 
 def _dataset(
