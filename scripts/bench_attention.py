@@ -36,15 +36,11 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from sink_paged.attention import cpu
+from sink_paged.attention.cpu_backend import FP8_DTYPES
 from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
 from sink_paged.huge_pages import clear_to_huge_pages
 from sink_paged.window import BlockWindow, SinkWindow
 
-CACHE_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 SINK_TOKENS = 4
 BLOCK_SIZE = 128
 SHAPES = {
@@ -81,7 +77,7 @@ class Case:
     @property
     def cache_dtype(self) -> torch.dtype:
         """Dtype of the cache."""
-        return CACHE_DTYPES.get(self.kv_cache_dtype, self.query_dtype)
+        return FP8_DTYPES.get(self.kv_cache_dtype, self.query_dtype)
 
     @property
     def isa(self) -> str:
@@ -403,7 +399,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="sink attention against stock, CPU")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument(
-        "--kv-cache-dtype", default="auto", choices=["auto", *CACHE_DTYPES]
+        "--kv-cache-dtype", default="auto", choices=["auto", *FP8_DTYPES]
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)

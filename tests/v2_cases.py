@@ -85,6 +85,7 @@ from tests.v2_speculation import CASES as SPECULATION  # noqa: E402
 from tests.v2_speculation import (  # noqa: E402
     GOLD,
     IDS,
+    PENALTIES,
     SURE,
     WINDOW,
     runner_of,
@@ -147,13 +148,6 @@ def flash_attention_route() -> None:
     layers = 3
     assert queries == [48] * 3 * layers + [6] * layers
     assert worst(losses["Triton"], losses["FlashAttention"]) < 0.03
-
-
-PENALTIES = {
-    "repetition_penalty": 1.3,
-    "frequency_penalty": 0.2,
-    "presence_penalty": 0.1,
-}
 
 
 class Text(NamedTuple):
@@ -257,6 +251,6 @@ CASES: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        if name in CASES:
+        if not name.startswith("--"):
             CASES[name]()
     print("passed")
