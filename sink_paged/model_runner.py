@@ -52,11 +52,7 @@ def bind_rotations(
     Raises:
         UnsupportedLayerError: naming the layer whose positions cannot be had right.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Attention)
-    }
+    layers = attention_layers(model)
     rotations: dict[nn.Module, StepRotations] = {}
     for name, layer in layers.items():
         try:
@@ -104,6 +100,22 @@ def bind_rotations(
             "without its forward hooks, so that its positions are not seen"
         )
     return steps
+
+
+def attention_layers(model: nn.Module) -> dict[str, Attention]:
+    """The attention layers of ``model`` by name, or by where they are called.
+
+    vLLM 0.29's Transformers backend has its layers beside the modules, in a dict of its
+    own by the ``layer_idx`` of the Hugging Face module that calls them.
+    """
+    modules = dict(model.named_modules())
+    layers = {name: x for name, x in modules.items() if isinstance(x, Attention)}
+    beside: dict[int, Attention] = getattr(model, "attention_instances", {})
+    for name, module in modules.items() if beside and not layers else ():
+        index = getattr(module, "layer_idx", None)
+        if index in beside and "Attention" in type(module).__name__:
+            layers[f"{name}.attn"] = beside[index]
+    return layers
 
 
 def make_rotations(

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -21,6 +23,15 @@ DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "llama_mha"
 NEAR_TIE = 3e-3
 """Gap of the two best log-probabilities below which float32 may choose either."""
+
+
+FIRST_V2 = {"ngram": "0.32.0", "draft_model": "0.31.0"}
+"""The first vLLM whose model runner V2 has a method of speculation."""
+
+
+def has_v2_drafter(method: str) -> bool:
+    """Whether this vLLM's model runner V2 drafts by ``method``."""
+    return Version(vllm.__version__) >= Version(FIRST_V2[method])
 
 
 @contextmanager
@@ -145,7 +156,11 @@ def flash_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
     from sink_paged.attention import flash
 
     losses = {}
-    options = {"max_num_batched_tokens": 48, "block_size": 16} | options
+    options = {
+        "max_num_batched_tokens": 48,
+        "long_prefill_token_threshold": 48,
+        "block_size": 16,
+    } | options
     available = flash.is_available
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         make_llama(Path(folder), head_dim=128, num_attention_heads=2)

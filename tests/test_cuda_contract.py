@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import vllm
-from packaging.version import Version
 from vllm.config import VllmConfig
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -51,6 +50,7 @@ from sink_paged.runner_v2.block_tables import RingBlockTables
 from sink_paged.runner_v2.requests import StreamRequestState
 from sink_paged.runner_v2.runner import StreamRunner
 from sink_paged.runner_v2.sampling import StreamPenalties, StreamPromptLogprobs
+from tests.engines import has_v2_drafter
 
 FLASH = "flash_attn_varlen_func"
 
@@ -226,26 +226,18 @@ def test_flash_attention_takes_what_it_is_given() -> None:
     assert functions["is_fa_version_supported"].args[0].arg == "fa_version"
 
 
-FIRST_V2 = {"ngram": "0.32.0", "draft_model": "0.31.0"}
-"""The first vLLM whose model runner V2 has a method."""
-
-
-def has_drafter(method: str) -> bool:
-    return Version(vllm.__version__) >= Version(FIRST_V2[method])
-
-
 def test_runner_v2_has_the_drafters_from_their_versions_on() -> None:
     """The older ones take model runner V1 by themselves, or refuse."""
     source = inspect.getsource(spec_decode.init_speculator)
-    assert ("uses_draft_model()" in source) is has_drafter("draft_model")
-    assert ("use_ngram()" in source) is has_drafter("ngram")
+    assert ("uses_draft_model()" in source) is has_v2_drafter("draft_model")
+    assert ("use_ngram()" in source) is has_v2_drafter("ngram")
     declined = inspect.getsource(VllmConfig._get_v2_model_runner_unsupported_features)
-    assert ('"ngram"' in declined) is not has_drafter("ngram")
+    assert ('"ngram"' in declined) is not has_v2_drafter("ngram")
 
 
 def test_draft_models_of_the_v2_runner() -> None:
     """What is set and read of them, and how they call the model."""
-    if not has_drafter("draft_model"):
+    if not has_v2_drafter("draft_model"):
         return
     for attribute in ("max_model_len", "draft_max_seq_len", "draft_model_config"):
         source = inspect.getsource(DraftModelSpeculator.__init__)
@@ -269,7 +261,7 @@ def test_draft_models_of_the_v2_runner() -> None:
 
 def test_n_grams_of_the_v2_runner() -> None:
     """How rows, their lengths and the longest row reach the kernels."""
-    if not has_drafter("ngram"):
+    if not has_v2_drafter("ngram"):
         return
     from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 

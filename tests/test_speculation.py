@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vllm
-from packaging.version import Version
 from vllm import LLM, SamplingParams
 from vllm.config import vllm as vllm_config_module
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -23,6 +21,7 @@ from tests.engines import (
     forget,
     generate,
     greedy,
+    has_v2_drafter,
     make_llama,
     pool_is_empty,
 )
@@ -214,11 +213,8 @@ def with_runner_v2(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "HAS_TRITON", True)
 
 
-V2_DRAFTS = Version(vllm.__version__) >= Version("0.31.0")
-
-
 @pytest.mark.parametrize(
-    ("runner", "ahead"), [("0", False)] + [("1", True)] * V2_DRAFTS
+    ("runner", "ahead"), [("0", False)] + [("1", True)] * has_v2_drafter("draft_model")
 )
 def test_scheduled_ahead_on_runner_v2_only(
     runner: str, ahead: bool, monkeypatch: pytest.MonkeyPatch

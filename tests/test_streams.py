@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runner's bounded buffers: ring block table and token rows."""
 
+import inspect
 import resource
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,10 @@ from sink_paged.window import BlockWindow, SinkWindow
 
 
 def make_table(policy: BlockWindow, num_columns: int) -> RingBlockTable:
+    older: dict[str, Any] = {  # what BlockTable of vLLM 0.29 to 0.31 asks for
+        "kernel_block_size": policy.block_size,
+    }
+    known = inspect.signature(BlockTable).parameters
     table = BlockTable(
         block_size=policy.block_size,
         max_num_reqs=3,
@@ -26,6 +32,7 @@ def make_table(policy: BlockWindow, num_columns: int) -> RingBlockTable:
         pin_memory=False,
         device=torch.device("cpu"),
         cp_kv_cache_interleave_size=1,
+        **{name: value for name, value in older.items() if name in known},
     )
     return RingBlockTable.adopt(table, policy)
 

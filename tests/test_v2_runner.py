@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import has_v2_drafter
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -22,8 +24,15 @@ ROOT = Path(__file__).parent.parent
         ["sampling"],
         ["bad_words"],
         ["preemption"],
-        ["speculation", "speculation_seeds", "n_grams"],  # a start takes ten seconds
-        ["speculation_cuda", "--cuda-backend"],
+        *(
+            [
+                ["speculation", "speculation_seeds"],
+                ["speculation_cuda", "--cuda-backend"],
+            ]
+            if has_v2_drafter("draft_model")
+            else []
+        ),
+        *([["n_grams"]] if has_v2_drafter("ngram") else []),
     ],
     ids=lambda arguments: arguments[0],
 )

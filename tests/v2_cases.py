@@ -9,6 +9,7 @@ Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ.update(
@@ -55,6 +56,15 @@ def load_masked(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
     return LOAD_MASKED(self, pointers, mask, *args)
 
 
+def without_libdevice() -> None:
+    """The sampler's kernels of vLLM 0.29 and 0.30 call what the interpreter lacks."""
+    from triton import language as tl
+    from vllm.v1.worker.gpu.sample import gumbel
+
+    if hasattr(gumbel, "tldevice"):
+        gumbel.tldevice = SimpleNamespace(log1p=lambda x: tl.log(1.0 + x))
+
+
 LOAD_MASKED = InterpreterBuilder.create_masked_load
 InterpreterBuilder.create_masked_load = load_masked  # type: ignore[method-assign]
 triton.backends.backends["cpu"] = Backend(compiler=None, driver=Interpreter)  # type: ignore[arg-type]
@@ -91,6 +101,7 @@ from tests.v2_speculation import (  # noqa: E402
     runner_of,
 )
 
+without_libdevice()
 requests.SPARE_TOKENS = 32  # rows slide often
 
 

@@ -30,6 +30,7 @@ from tests.engines import (
     first_near_tie,
     generate,
     greedy,
+    has_v2_drafter,
     make_llama,
     pool_is_empty,
 )
@@ -173,7 +174,8 @@ def speculation() -> None:
     ):
         async_scheduling(patch)
         drafts_by_itself(alone, params)
-        drafts_by_n_grams(alone, params)
+        if has_v2_drafter("ngram"):
+            drafts_by_n_grams(alone, params)
         drafts_of_other_heads(Path(folder) / "heads", alone)
         preempted_and_scheduled_ahead(Path(folder) / "almost", alone, params)
 

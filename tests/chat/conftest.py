@@ -8,6 +8,8 @@ from pathlib import Path
 
 import openai
 import pytest
+import vllm
+from packaging.version import Version
 
 from tests.chat.api import ADAPTER, BASE, BLOCK, WINDOW
 from tests.chat.models import make_adapter, make_chat_model
@@ -21,8 +23,10 @@ FLAGS = (
     "--structured-outputs-config.enable_in_reasoning True "
     "--structured-outputs-config.backend xgrammar "
     "--structured-outputs-config.disable_any_whitespace True "
-    "--enable-scale-out --enable-lora --max-lora-rank 8"
+    "--enable-lora --max-lora-rank 8"
 )
+if Version(vllm.__version__) >= Version("0.30.0"):  # 0.29 has these endpoints always
+    FLAGS += " --enable-scale-out"
 
 
 @pytest.fixture(scope="package")
