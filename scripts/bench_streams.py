@@ -195,6 +195,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=["float32", "bfloat16", "float16"],
         help="default: bfloat16 on a GPU, float32 on a CPU",
     )
+    add(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=["auto", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        help="of vLLM's engines; OpenVINO GenAI takes u8 for fp8, hf --dtype",
+    )
     add("--eager", action="store_true", help="without torch.compile")
     add("--block-size", type=int, default=32)
     add(
@@ -207,7 +213,6 @@ def parse_arguments() -> argparse.Namespace:
         help="a few minutes on two cores: 8 streams, eager",
     )
     add("--openvino-python", help="interpreter of an environment with OpenVINO GenAI")
-    add("--openvino-kv-precision", default="", help="such as u8; default: --dtype")
     add("--output-dir", type=Path, default=Path("bench_out"))
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(**QUICK)

@@ -103,6 +103,7 @@ class Engine(Requests):
             workload.model,
             skip_tokenizer_init=True,
             dtype=workload.dtype,
+            kv_cache_dtype=workload.kv_cache_dtype,
             enforce_eager=workload.eager,
             block_size=workload.block_size,
             max_num_seqs=workload.streams,

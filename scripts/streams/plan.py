@@ -32,7 +32,7 @@ def workloads(args: argparse.Namespace, model: str, scratch: str) -> Iterator[Wo
                     max_num_batched_tokens=args.max_num_batched_tokens
                     or batched_tokens(window, args.kv_windows),
                     seed=args.seed,
-                    kv_precision=args.openvino_kv_precision,
+                    kv_cache_dtype=args.kv_cache_dtype,
                     scratch=scratch,
                 )
 

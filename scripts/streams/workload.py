@@ -29,12 +29,12 @@ class Workload:
         pool_tokens: size of the KV pool; 0 for what the streams need.
         seconds: time after which the peers that cost the same at any length
             (recomputation, Hugging Face) may stop; 0 lets them finish.
-        dtype: of weights, activations and KV cache.
+        dtype: of weights and activations.
         eager: no ``torch.compile``.
         block_size: tokens in a KV block.
         max_num_batched_tokens: most tokens in a step of an engine.
         seed: of the prompts.
-        kv_precision: of OpenVINO's KV cache, in its terms; empty for ``dtype``.
+        kv_cache_dtype: as vLLM names it; ``auto`` is ``dtype``.
         scratch: folder for what a peer makes of the checkpoint.
     """
 
@@ -52,7 +52,7 @@ class Workload:
     block_size: int = 32
     max_num_batched_tokens: int = 2048
     seed: int = 0
-    kv_precision: str = ""
+    kv_cache_dtype: str = "auto"
     scratch: str = ""
 
     def to_json(self) -> str:
@@ -87,7 +87,8 @@ class Workload:
         config = self.config
         heads = config["num_attention_heads"]
         size = config.get("head_dim") or config["hidden_size"] // heads
-        width = 4 if self.dtype == "float32" else 2
+        dtype = self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        width = 1 if dtype.startswith("fp8") else 4 if dtype == "float32" else 2
         kv_heads = config.get("num_key_value_heads") or heads
         return 2 * int(config["num_hidden_layers"] * kv_heads * size * width)
 

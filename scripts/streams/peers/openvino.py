@@ -3,11 +3,11 @@
 
 Its eviction keeps the first tokens, the recent ones, and between them the tokens with
 the highest attention scores, all in blocks of 32; that area is given one block, the
-least it takes. Weights, activations and KV cache are of the workload's dtype, where
-OpenVINO itself would take bfloat16 on processors with AMX and a cache of 8 bits
-(``kv_precision`` sets the latter). Prefix caching is off. The KV pool is that of full
-attention with eviction too: with one that just holds what is kept, release 2026.4.1
-corrupts its heap.
+least it takes. Weights and activations are of the workload's dtype, and the KV cache
+unless its ``kv_cache_dtype`` is fp8, for which it is u8; OpenVINO itself would take
+bfloat16 on processors with AMX and u8 always. Prefix caching is off. The KV pool is
+that of full attention with eviction too: with one that just holds what is kept, release
+2026.4.1 corrupts its heap.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _precisions(workload: Workload) -> dict[str, str]:
     precision = PRECISIONS[workload.dtype]
     return {
         "INFERENCE_PRECISION_HINT": precision,
-        "KV_CACHE_PRECISION": workload.kv_precision or precision,
+        "KV_CACHE_PRECISION": precision if workload.kv_cache_dtype == "auto" else "u8",
     }
 
 
