@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import vllm
+from packaging.version import Version
 from vllm import LLM
 
 from tests.against_oracle import check_family
@@ -157,8 +159,17 @@ def test_one_kind_of_group_for_all_layers_is_refused(model: Path) -> None:
         pass
 
 
+GPT_OSS = pytest.param(
+    "gpt-oss",
+    marks=pytest.mark.skipif(
+        Version(vllm.__version__) < Version("0.31.0"),
+        reason="vLLM's own CPU kernel takes learned sinks in bfloat16 only",
+    ),
+)
+
+
 @pytest.mark.family
-@pytest.mark.parametrize("family", ["Gemma 2", "Gemma 3", "gpt-oss"])
+@pytest.mark.parametrize("family", ["Gemma 2", "Gemma 3", GPT_OSS])
 def test_global_layers_stream_and_sliding_layers_slide(
     family: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
+from packaging.version import Version
 from vllm import LLM, SamplingParams
 from vllm.config import vllm as vllm_config_module
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -110,6 +112,13 @@ def accepted(llm: LLM) -> tuple[int, int]:
     )
 
 
+drafts_on_v1 = pytest.mark.skipif(
+    Version(vllm.__version__).base_version == "0.30.0",
+    reason="vLLM 0.30's CPU build has no kernel that verifies drafts",
+)
+
+
+@drafts_on_v1
 @pytest.mark.parametrize("name", PARAMS)
 def test_same_tokens(
     speculating: tuple[str, LLM], alone: dict[str, list[Any]], name: str
@@ -143,6 +152,7 @@ def check_same(outputs: list[Any], expected: list[Any]) -> None:
     assert same > len(outputs) * OUTPUTS // 2
 
 
+@drafts_on_v1
 def test_preempted_while_speculating(alone: dict[str, list[Any]]) -> None:
     """In a pool that does not hold all streams."""
     config = {"method": "draft_model", "model": str(GOLDEN)}
