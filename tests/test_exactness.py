@@ -11,6 +11,7 @@ import pytest
 from tests.engines import (
     DATA,
     GOLDEN,
+    core,
     engine,
     first_near_tie,
     generate,
@@ -40,6 +41,16 @@ def test_losses_of_the_2023_code(
         reference = golden["res"][f"{sinks[0]}+{sinks[1]}"]["nll"]
         assert worst(prompt_losses(output), reference) < LOSS_TOLERANCE
         assert pool_is_empty(llm)
+
+
+def test_losses_through_the_transformers_backend(golden: dict[str, Any]) -> None:
+    """Of Hugging Face's modules, whose attention layers vLLM keeps where it likes."""
+    ids = golden["ids"][:400]
+    with engine(GOLDEN, (4, 60), model_impl="transformers") as llm:
+        assert core(llm).vllm_config.model_config.using_transformers_backend()
+        output = generate(llm, [ids], greedy(1, prompt_logprobs=0))[0]
+    reference = golden["res"]["4+60"]["nll"][: len(ids) - 1]
+    assert worst(prompt_losses(output), reference) < LOSS_TOLERANCE
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
