@@ -110,12 +110,14 @@ def attention_layers(model: nn.Module) -> dict[str, Attention]:
     """
     modules = dict(model.named_modules())
     layers = {name: x for name, x in modules.items() if isinstance(x, Attention)}
+    if layers:
+        return layers
     beside: dict[int, Attention] = getattr(model, "attention_instances", {})
-    for name, module in modules.items() if beside and not layers else ():
-        index = getattr(module, "layer_idx", None)
-        if index in beside and "Attention" in type(module).__name__:
-            layers[f"{name}.attn"] = beside[index]
-    return layers
+    return {
+        f"{name}.attn": beside[x.layer_idx]
+        for name, x in modules.items()
+        if "Attention" in type(x).__name__ and getattr(x, "layer_idx", None) in beside
+    }
 
 
 def make_rotations(

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import vllm
-from packaging.version import Version
 from vllm import LLM
 
 from tests.against_oracle import check_family
@@ -22,6 +20,7 @@ from tests.engines import (
     kv_cache_manager,
     pool_is_empty,
     prompt_losses,
+    vllm_since,
     worst,
 )
 from tests.families import MIXED, SLIDING, make_model, text
@@ -162,7 +161,7 @@ def test_one_kind_of_group_for_all_layers_is_refused(model: Path) -> None:
 GPT_OSS = pytest.param(
     "gpt-oss",
     marks=pytest.mark.skipif(
-        Version(vllm.__version__) < Version("0.31.0"),
+        not vllm_since("0.31.0"),
         reason="vLLM's own CPU kernel takes learned sinks in bfloat16 only",
     ),
 )

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runner's bounded buffers: ring block table and token rows."""
 
-import inspect
 import resource
 from typing import Any
 
@@ -17,13 +16,13 @@ from sink_paged.stream_state import BlockIds
 from sink_paged.streams import RingBlockTable
 from sink_paged.token_rows import TokenRows
 from sink_paged.window import BlockWindow, SinkWindow
+from tests.engines import vllm_since
 
 
 def make_table(policy: BlockWindow, num_columns: int) -> RingBlockTable:
-    older: dict[str, Any] = {  # what BlockTable of vLLM 0.29 to 0.31 asks for
-        "kernel_block_size": policy.block_size,
-    }
-    known = inspect.signature(BlockTable).parameters
+    older: dict[str, Any] = {}
+    if not vllm_since("0.32.0"):
+        older["kernel_block_size"] = policy.block_size
     table = BlockTable(
         block_size=policy.block_size,
         max_num_reqs=3,
@@ -32,7 +31,7 @@ def make_table(policy: BlockWindow, num_columns: int) -> RingBlockTable:
         pin_memory=False,
         device=torch.device("cpu"),
         cp_kv_cache_interleave_size=1,
-        **{name: value for name, value in older.items() if name in known},
+        **older,
     )
     return RingBlockTable.adopt(table, policy)
 

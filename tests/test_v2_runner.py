@@ -5,12 +5,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engines import has_v2_drafter
 
 ROOT = Path(__file__).parent.parent
+
+
+def drafting(method: str, *arguments: str) -> Any:
+    """Cases for a vLLM whose runner drafts by ``method``."""
+    reason = f"model runner V2 of this vLLM does not draft by {method}"
+    skip = pytest.mark.skipif(not has_v2_drafter(method), reason=reason)
+    return pytest.param(list(arguments), marks=skip)
 
 
 @pytest.mark.slow
@@ -24,15 +32,9 @@ ROOT = Path(__file__).parent.parent
         ["sampling"],
         ["bad_words"],
         ["preemption"],
-        *(
-            [
-                ["speculation", "speculation_seeds"],
-                ["speculation_cuda", "--cuda-backend"],
-            ]
-            if has_v2_drafter("draft_model")
-            else []
-        ),
-        *([["n_grams"]] if has_v2_drafter("ngram") else []),
+        drafting("draft_model", "speculation", "speculation_seeds"),
+        drafting("draft_model", "speculation_cuda", "--cuda-backend"),
+        drafting("ngram", "n_grams"),
     ],
     ids=lambda arguments: arguments[0],
 )

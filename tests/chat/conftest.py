@@ -8,11 +8,10 @@ from pathlib import Path
 
 import openai
 import pytest
-import vllm
-from packaging.version import Version
 
 from tests.chat.api import ADAPTER, BASE, BLOCK, WINDOW
 from tests.chat.models import make_adapter, make_chat_model
+from tests.engines import vllm_since
 from tests.servers import running_server
 
 FLAGS = (
@@ -25,7 +24,7 @@ FLAGS = (
     "--structured-outputs-config.disable_any_whitespace True "
     "--enable-lora --max-lora-rank 8"
 )
-if Version(vllm.__version__) >= Version("0.30.0"):  # 0.29 has these endpoints always
+if vllm_since("0.30.0"):  # 0.29 has these endpoints always
     FLAGS += " --enable-scale-out"
 
 
