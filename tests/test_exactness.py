@@ -11,7 +11,6 @@ import pytest
 from tests.engines import (
     DATA,
     GOLDEN,
-    core,
     engine,
     first_near_tie,
     generate,
@@ -43,11 +42,19 @@ def test_losses_of_the_2023_code(
         assert pool_is_empty(llm)
 
 
-def test_losses_through_the_transformers_backend(golden: dict[str, Any]) -> None:
-    """Of Hugging Face's modules, whose attention layers vLLM keeps where it likes."""
+def test_losses_through_the_transformers_backend(
+    golden: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Hugging Face's modules, whose attention layers vLLM keeps where it likes.
+
+    In an engine process of its own: vLLM decorates the modules' class for good, and
+    no test could make a plain one after it.
+    """
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     ids = golden["ids"][:400]
     with engine(GOLDEN, (4, 60), model_impl="transformers") as llm:
-        assert core(llm).vllm_config.model_config.using_transformers_backend()
+        assert llm.model_config.using_transformers_backend()
         output = generate(llm, [ids], greedy(1, prompt_logprobs=0))[0]
     reference = golden["res"]["4+60"]["nll"][: len(ids) - 1]
     assert worst(prompt_losses(output), reference) < LOSS_TOLERANCE
