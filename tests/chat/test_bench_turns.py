@@ -31,7 +31,7 @@ def test_turns_of_short_and_long_histories(server: str, tmp_path: Path) -> None:
         prompts = chat["prompt_tokens"]
         assert 0.8 * length < prompts[0] < 1.2 * length + 4 * QUESTION
         assert prompts == sorted(prompts)
-        assert len(prompts) == len(chat["ttft"]) == len(chat["tokenize"]) == TURNS
+        assert len(prompts) == len(chat["ttft"]) == TURNS
         assert min(chat["ttft"]) > 0
         new = [b - a for a, b in zip(prompts, prompts[1:], strict=False)]
         computed = chat["computed_tokens"][1:]
@@ -51,4 +51,4 @@ def test_a_server_that_is_not_there() -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "FAILED: Connection error" in done.stderr
+    assert "FAILED: [Errno 111] Connection refused" in done.stderr
