@@ -175,7 +175,8 @@ class StepRotations(ABC):
         self.sink_rotation = torch.zeros(shape, dtype=torch.float32, device=device)
         if device.type == "cpu":
             self._far_rows = torch.zeros_like(self.sink_rotation)
-            self._digits = [digit.numpy() for digit in self.tables.digits]
+            arrays = *self.tables.digits, self._far_rows, self.sink_rotation
+            self._arrays = [array.numpy() for array in arrays]
 
     def set_positions(self, positions: Tensor) -> None:
         """Set the rows for a step's tokens.
@@ -187,24 +188,22 @@ class StepRotations(ABC):
             self.launch(positions)
             return
         num_tokens = positions.shape[0]
-        low, middle, high = self._digits
         num_far = rotate_tokens(
             positions.numpy(),
             self.trained_length,
             self.query_limit,
             self.geometry.amplitude,
-            low,
-            middle,
-            high,
-            self._far_rows.numpy(),
-            self.sink_rotation.numpy(),
+            *self._arrays,
         )
-        rows = self._far_rows[:num_tokens]
-        if num_far < num_tokens:
+        if num_far == 0:
+            rows = self.trained_rows(positions)
+        else:
+            rows = self._far_rows[:num_tokens]
+        if 0 < num_far < num_tokens:
             last = self.trained_length - 1
             near = self.trained_rows(positions.clamp(max=last))
             is_near = (positions <= last)[:, None]
-            rows = torch.where(is_near, near, rows.to(near.dtype)) if num_far else near
+            rows = torch.where(is_near, near, rows.to(near.dtype))
         self.set_rows(rows)
 
     def launch(self, positions: Tensor) -> None:

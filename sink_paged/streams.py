@@ -27,7 +27,7 @@ from sink_paged.stream_state import (
     needed_tail,
 )
 from sink_paged.token_loops import ring_positions
-from sink_paged.token_rows import TokenRows
+from sink_paged.token_rows import TRIM_TOKENS, TokenRows
 from sink_paged.window import BlockWindow
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class StreamInputBatch(InputBatch):
     """
 
     token_ids_cpu: TokenRows
+    _tokens_untrimmed: int
 
     @classmethod
     def adopt(cls, batch: InputBatch) -> StreamInputBatch:
@@ -117,6 +118,7 @@ class StreamInputBatch(InputBatch):
             or getattr(batch, "thinking_budget_state_holder", None) is not None
         )
         streams._scored = []
+        streams._tokens_untrimmed = 0
         return streams
 
     def add_request(self, request: CachedRequestState) -> int:
@@ -150,15 +152,19 @@ class StreamInputBatch(InputBatch):
             forget_prompt(request)
         return row
 
-    def forget_read(self, rows_before: int) -> None:
+    def forget_read(self, rows_before: int, num_tokens: int) -> None:
         """Give back the memory of what a step has read.
 
         Args:
             rows_before: requests of the batch before the step.
+            num_tokens: of the step.
         """
         rows, num_reqs = self.token_ids_cpu, self.num_reqs
         rows.release(num_reqs, rows_before)
-        rows.trim(self.num_computed_tokens_cpu[:num_reqs])
+        self._tokens_untrimmed += num_tokens
+        if self._tokens_untrimmed >= TRIM_TOKENS:  # before, no row can have as many
+            rows.trim(self.num_computed_tokens_cpu[:num_reqs])
+            self._tokens_untrimmed = 0
         for request in self._scored[:]:
             if (
                 request.num_computed_tokens >= request.num_prompt_tokens

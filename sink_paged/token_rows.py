@@ -23,7 +23,7 @@ from sink_paged.config import MAX_STREAM_TOKENS
 MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 TRIM_TOKENS = 1 << 14
-"""A row's read tokens are released in pieces of this many (64 KiB)."""
+"""A row's read tokens are released in pieces of this many (64 KiB) or more."""
 
 
 class LiveTokens(NamedTuple):
