@@ -29,10 +29,12 @@ class SinkCPUWorker(StreamWorker, CPUWorker):
         vLLM draws for them too and then winds their generators back, which CPU
         generators cannot. Here they are out of its sight until it is done.
         """
-        runner = self.model_runner
-        if self.vllm_config.use_v2_model_runner:  # draws from seeds, not generators
+        if self.use_v2_model_runner:  # draws from seeds, not generators
             return super().sample_tokens(*args, **kwargs)
+        runner = self.model_runner
         generators = runner.input_batch.generators
+        if not generators:
+            return super().sample_tokens(*args, **kwargs)
         unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
         kept = {row: generators.pop(row) for row in list(generators) if unfinished[row]}
         try:

@@ -100,25 +100,20 @@ def stream_specs(
 
 
 class StreamWorker(Stock):
-    """Put before one of vLLM's workers: its streams keep sinks and a window.
-
-    Attributes:
-        is_v2: it has model runner V2.
-    """
+    """Put before one of vLLM's workers: its streams keep sinks and a window."""
 
     vllm_config: VllmConfig
+    use_v2_model_runner: bool  # the config's property works it out, and logs, each time
     model_runner: Any
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         """See vLLM's ``Worker``."""
         super().__init__(resident_config(vllm_config), *args, **kwargs)
-        # Asked at every step; vLLM works it out, and logs, at every question.
-        self.is_v2 = self.vllm_config.use_v2_model_runner
 
     def init_device(self) -> None:
         """Make the model runner, one whose requests may be streams."""
         super().init_device()
-        if self.is_v2:
+        if self.use_v2_model_runner:
             runner_v2.adopt_runner(self.model_runner)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +127,11 @@ class StreamWorker(Stock):
             bind_rotations(
                 runner.get_model(), self.vllm_config, stream, runner.max_num_tokens
             )
-        draft = runner_v2.draft_model(runner) if self.is_v2 else draft_model(runner)
+        draft = (
+            runner_v2.draft_model(runner)
+            if self.use_v2_model_runner
+            else draft_model(runner)
+        )
         if draft is not None:
             bind_rotations(draft.model, draft.vllm_config, stream, draft.max_tokens)
         stock_specs = runner.get_kv_cache_spec
@@ -144,7 +143,7 @@ class StreamWorker(Stock):
     ) -> Any:
         """Run a step, then forget what it has read of its texts."""
         runner = self.model_runner
-        if self.is_v2:
+        if self.use_v2_model_runner:
             return super().execute_model(scheduler_output, *args, **kwargs)
         batch, requests = runner.input_batch, runner.requests
         rows_before = batch.num_reqs
@@ -165,7 +164,7 @@ class StreamWorker(Stock):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache and let streams grow past ``max_model_len``."""
         super().initialize_from_config(kv_cache_config)
-        if self.is_v2:
+        if self.use_v2_model_runner:
             runner_v2.enable_streams(self.model_runner)
         else:
             streams.enable_streams(self.model_runner)
