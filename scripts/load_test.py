@@ -140,17 +140,20 @@ def run_load(args: argparse.Namespace, server: Server) -> dict[str, Any]:
             comparisons.append(comparison)
             bar.update()
     last, _ = wait_until_idle(server)
-    memory = judge_memory(samples, args.output_tokens)
+    failed = [("load", failure) for failure in seen.failures]
+    try:
+        memory = judge_memory(samples, args.output_tokens)
+    except ValueError as error:
+        memory, failed = {}, [*failed, ("memory", str(error))]
     missing = {one.name for one in bad} - seen.refusals.keys()
     preemptions = after["vllm:num_preemptions_total"]
-    failed = [("load", failure) for failure in seen.failures]
     failed += [("bad requests", f"not sent: {name}") for name in sorted(missing)]
     failed += [] if preemptions else [("preemption", "no stream was preempted")]
     for name, metrics in (("load", after), ("spot checks", last)):
         for what, value in leftovers(metrics).items():
             failed.append(("leak", f"after the {name}: {what} is {value}"))
     for role, growth in memory.items():
-        if growth.judged and not growth.ok:
+        if not growth.ok:
             failed.append(("memory", f"{role} grew: {growth}"))
     for comparison in comparisons:
         if comparison.verdict is Verdict.DIFFERENT:

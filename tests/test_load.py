@@ -21,7 +21,7 @@ from load import exactness  # noqa: E402
 from load.bad_requests import catalogue, is_refusal  # noqa: E402
 from load.exactness import Verdict, judge  # noqa: E402
 from load.faults import Outcome, first_naming_line  # noqa: E402
-from load.memory import LEAST_TOKENS, fit  # noqa: E402
+from load.memory import LEAST_TOKENS, Samples, fit, judge_memory  # noqa: E402
 from load.server import extension_metrics, read_metrics  # noqa: E402
 from load.streaming import Answer  # noqa: E402
 from load.watch import leftovers  # noqa: E402
@@ -52,7 +52,6 @@ def test_growth_of_a_list_entry_a_token_is_seen(
 ) -> None:
     growth = fit(*memory(bytes_per_token, jitter), 250_000, 500_000)
     assert growth.tokens == 250_000
-    assert growth.judged
     assert growth.ok is ok
     assert abs(growth.bytes_per_token - bytes_per_token) < 0.2
 
@@ -75,9 +74,14 @@ def test_buffers_that_come_and_go_do_not_hide_growth() -> None:
 
 def test_growth_over_few_tokens_is_not_judged() -> None:
     tokens, rss = memory(8.0, 0)
-    assert not fit(tokens, rss, 0, LEAST_TOKENS - 1).judged
+    samples = Samples(tokens, {"worker": rss})
+    assert judge_memory(samples, 2 * LEAST_TOKENS).keys() == {"worker"}
+    assert judge_memory(samples, 2 * LEAST_TOKENS - 1) == {}
+
+
+def test_growth_of_few_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="too few samples"):
-        fit(tokens, rss, 0, 1)
+        fit(*memory(8.0, 0), 0, 1)
 
 
 def test_verdicts() -> None:
@@ -294,7 +298,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert result["counts"]["retries"] > 0
     assert result["spot_checks"]["counts"]["different"] == 0
     assert sum(result["spot_checks"]["counts"].values()) == 10
-    assert {growth["judged"] for growth in result["memory"].values()} == {False}
+    assert result["memory"] == {}
     assert [fault["killed"] for fault in result["faults"]] == ["engine core", "worker"]
     for fault in result["faults"]:
         assert sum(fault["client_errors"].values()) == fault["streams"] + 1

@@ -91,11 +91,6 @@ class Growth:
     samples: int
 
     @property
-    def judged(self) -> bool:
-        """Whether there are tokens enough to say so."""
-        return self.tokens >= LEAST_TOKENS
-
-    @property
     def ok(self) -> bool:
         """Whether nothing grew beyond the noise."""
         return self.grown <= self.noise
@@ -111,7 +106,6 @@ class Growth:
             "detectable_bytes_per_token": self.noise / self.tokens,
             "tokens": self.tokens,
             "samples": self.samples,
-            "judged": self.judged,
             "ok": self.ok,
         }
 
@@ -152,9 +146,19 @@ def fit(tokens: Sequence[int], rss: Sequence[int], begin: int, end: int) -> Grow
 
 
 def judge_memory(samples: Samples, output_tokens: int) -> dict[str, Growth]:
-    """Growth of every lasting process over the second half of so many tokens."""
+    """Growth of every lasting process over the second half of so many tokens.
+
+    Returns:
+        By role; nothing if that half has fewer tokens than ``LEAST_TOKENS``.
+
+    Raises:
+        ValueError: there are too few samples.
+    """
+    half = output_tokens // 2
+    if half < LEAST_TOKENS:
+        return {}
     return {
-        role: fit(samples.tokens, samples.rss[role], output_tokens // 2, output_tokens)
+        role: fit(samples.tokens, samples.rss[role], half, output_tokens)
         for role in LASTING
         if role in samples.rss
     }
