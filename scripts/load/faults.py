@@ -18,7 +18,7 @@ from load.streaming import Answer, stream
 
 BOUND = 60.0
 """Seconds in which clients must have their errors and the server must have ended."""
-ENDLESS = 100_000
+ENDLESS = 130_000
 """Tokens that a stream asks for; it does not live to see the end."""
 FILLING = 300.0
 """Seconds that streams may take to get past the window."""
