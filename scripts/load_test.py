@@ -64,7 +64,7 @@ QUICK: dict[str, Any] = {
     "spot_checks": 10,
     "longest_prompt": 4.0,
     "longest_output": 2.5,
-    "fault_streams": 2,  # more of so small a model outrun the API server on two cores
+    "fault_streams": 2,
     "eager": True,
     "no_stock": True,
 }
@@ -144,7 +144,8 @@ def run_load(args: argparse.Namespace, server: Server) -> dict[str, Any]:
     try:
         memory = judge_memory(samples, args.output_tokens)
     except ValueError as error:
-        memory, failed = {}, [*failed, ("memory", str(error))]
+        memory = {}
+        failed.append(("memory", str(error)))
     missing = {one.name for one in bad} - seen.refusals.keys()
     preemptions = after["vllm:num_preemptions_total"]
     failed += [("bad requests", f"not sent: {name}") for name in sorted(missing)]
