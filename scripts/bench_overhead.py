@@ -111,8 +111,9 @@ def engines(
             child.start()
             theirs.close()
             children.append(child)
+        for name, connection in connections.items():
             try:
-                connections[name].recv()  # started
+                connection.recv()  # started
             except EOFError:
                 message = f"the {name} engine did not start; see above"
                 raise SystemExit(message) from None
@@ -219,7 +220,8 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
 
     options: dict[str, Any] = {"max_model_len": longest_text(args)}
     if current_platform.is_cuda():
-        options["gpu_memory_utilization"] = 0.45  # checked at the start: for two
+        # The pool's size is given: all that this does is ask for free memory at the start.
+        options["gpu_memory_utilization"] = 0.1
     if name == "ours":
         settings = {
             "sink_tokens": SINK_TOKENS,

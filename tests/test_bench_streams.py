@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -294,7 +295,9 @@ def test_a_chunk_fits_into_the_pool_beside_a_window() -> None:
 def test_the_environment_is_the_same_for_all_peers() -> None:
     """The user's settings come first, less what would change the workload."""
     given = {"OMP_NUM_THREADS": "7", "VLLM_CPU_KVCACHE_SPACE": "1", "HOME": "/home/a"}
-    environment = engine_environment(given)
+    environment = engine_environment(given | {"PYTHONPATH": "/of/the/user"})
+    assert environment["PYTHONPATH"].split(os.pathsep)[1:] == ["/of/the/user"]
+    assert os.pathsep not in engine_environment(given)["PYTHONPATH"]
     assert environment["OMP_NUM_THREADS"] == "7" and environment["HOME"] == "/home/a"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment

@@ -98,6 +98,9 @@ class Engine(Requests):
             # The worker in the engine core's process: vLLM's default, two processes
             # that wait for each other busily, wastes one of few cores.
             options["distributed_executor_backend"] = IN_PROCESS
+        else:
+            # The pool's size is given: this only asks for free memory at the start.
+            options["gpu_memory_utilization"] = 0.1
         page = workload.block_size * workload.kv_bytes_per_token
         arguments = EngineArgs(
             workload.model,

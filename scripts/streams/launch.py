@@ -40,7 +40,8 @@ def engine_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
     # It would override the size of the KV pool.
     merged.pop("VLLM_CPU_KVCACHE_SPACE", None)
     merged["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    merged["PYTHONPATH"] = str(PACKAGES)
+    paths = [str(PACKAGES), merged.get("PYTHONPATH", "")]
+    merged["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return merged
 
 
