@@ -220,7 +220,7 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
 
     options: dict[str, Any] = {"max_model_len": longest_text(args)}
     if current_platform.is_cuda():
-        # The pool's size is given: all that this does is ask for free memory at the start.
+        # The pool's size is given: this only asks for free memory at the start.
         options["gpu_memory_utilization"] = 0.1
     if name == "ours":
         settings = {

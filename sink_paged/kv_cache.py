@@ -159,12 +159,20 @@ class StreamBound(NamedTuple):
         )
 
 
+class WindowCounts(NamedTuple):
+    """What a group's manager counts for the metrics, as ``metrics`` names it."""
+
+    streams_past_window: int
+    resident_tokens: int
+    blocks_evicted: int
+    tokens_evicted: int
+
+
 class SinkWindowManager(SingleTypeKVCacheManager):
     """Allocates, frees and finds the blocks of streams with sinks and a window.
 
-    Attributes:
-        streams_past_window: running streams that have evicted tokens.
-        resident_tokens: tokens that running streams attend, summed over them.
+    What happens at every step to every stream is a few look-ups; all else waits until
+    a block expires, or until somebody asks.
     """
 
     def __init__(
@@ -181,10 +189,11 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         )
         self.blocks = kv_cache_spec.blocks
         self.admission_cap = max_admission_blocks_per_request
-        self.streams_past_window = self.resident_tokens = 0
         self._num_computed: dict[str, int] = {}
+        self._next_expiry: dict[str, int] = {}  # computed tokens that a block waits for
         self._blocks_pinned: int | None = None  # to be counted when somebody asks
-        self._blocks_evicted = self._tokens_evicted = 0
+        self._blocks_evicted = self._tokens_told = 0
+        self._tokens_of_others = 0  # evicted by streams that have gone, less by hits
 
     def get_num_blocks_to_allocate(
         self,
@@ -200,7 +209,11 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         """Free blocks that slots for ``num_tokens`` take, re-used hits included."""
         held = self.req_to_blocks.get(request_id)
         if held:
-            return max(cdiv(num_tokens, self.block_size) - len(held), 0)
+            if len(held) < self.blocks.pinned_blocks:
+                self._blocks_pinned = None
+            missing = -(-num_tokens // self.block_size) - len(held)
+            return missing if missing > 0 else 0
+        self._blocks_pinned = None
         needed = self.blocks.resident_blocks(total_computed_tokens, num_tokens)
         if apply_admission_cap and self.admission_cap is not None:
             needed = min(needed, self.admission_cap)
@@ -221,16 +234,8 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         self.block_pool.touch([b for b in new_computed_blocks if not b.is_null])
         req_blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(req_blocks)
-        self._blocks_pinned = None
-        self._count(request_id, num_local_computed_tokens)
-
-    def allocate_new_blocks(
-        self, request_id: str, *args: Any, **kwargs: Any
-    ) -> list[KVCacheBlock]:
-        """See ``SingleTypeKVCacheManager``."""
-        if len(self.req_to_blocks[request_id]) < self.blocks.pinned_blocks:
-            self._blocks_pinned = None
-        return super().allocate_new_blocks(request_id, *args, **kwargs)
+        self._num_computed[request_id] = num_local_computed_tokens
+        self._tokens_of_others -= self._excess(num_local_computed_tokens)
 
     @classmethod
     def find_longest_cache_hit(
@@ -293,12 +298,15 @@ class SinkWindowManager(SingleTypeKVCacheManager):
                 still run.
             num_prompt_tokens: ignored, prompt and output are one text.
         """
+        if processed_computed_tokens < self._next_expiry.get(request_id, 0):
+            self._num_computed[request_id] = processed_computed_tokens
+            return
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
             return
-        excess = self._count(request_id, processed_computed_tokens)
-        self._tokens_evicted += max(0, excess)
+        self._num_computed[request_id] = processed_computed_tokens
         first = self.blocks.first_window_block(processed_computed_tokens)
+        self._next_expiry[request_id] = self.blocks.expiry(first)
         expired = []
         for index in range(
             min(first, len(blocks)) - 1, self.blocks.pinned_blocks - 1, -1
@@ -314,8 +322,9 @@ class SinkWindowManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a stream that has finished, or is preempted; its blocks."""
         self._blocks_pinned = None
-        self._count(request_id, 0)
-        self._num_computed.pop(request_id)
+        num_computed = self._num_computed.pop(request_id, 0)
+        self._tokens_of_others += self._excess(num_computed)
+        self._next_expiry.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @property
@@ -328,22 +337,27 @@ class SinkWindowManager(SingleTypeKVCacheManager):
             self._blocks_pinned = len(held)
         return self._blocks_pinned
 
-    def take_evicted(self) -> tuple[int, int]:
-        """Blocks and tokens that have left a window since this was last asked."""
-        evicted = self._blocks_evicted, self._tokens_evicted
-        self._blocks_evicted = self._tokens_evicted = 0
-        return evicted
+    def take_counts(self) -> WindowCounts:
+        """Counts of all streams; what was evicted is counted anew from here."""
+        capacity = self.blocks.window.capacity
+        past = total = resident = 0
+        for num_computed in self._num_computed.values():
+            total += num_computed
+            if num_computed > capacity:
+                past += 1
+                num_computed = capacity
+            resident += num_computed
+        evicted = max(self._tokens_told, self._tokens_of_others + total - resident)
+        counts = WindowCounts(
+            past, resident, self._blocks_evicted, evicted - self._tokens_told
+        )
+        self._blocks_evicted, self._tokens_told = 0, evicted
+        return counts
 
-    def _count(self, request_id: str, num_computed: int) -> int:
-        """Note how far a stream has come; tokens that this has put out of its cache."""
-        window = self.blocks.window
-        before = self._num_computed.get(request_id, 0)
-        self._num_computed[request_id] = num_computed
-        excess_before = max(0, before - window.capacity)
-        excess = max(0, num_computed - window.capacity)
-        self.streams_past_window += bool(excess) - bool(excess_before)
-        self.resident_tokens += num_computed - excess - (before - excess_before)
-        return excess - excess_before
+    def _excess(self, num_computed: int) -> int:
+        """Tokens of a stream that it attends no longer."""
+        excess = num_computed - self.blocks.window.capacity
+        return excess if excess > 0 else 0
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens before the window; the sinks among them stay resident."""

@@ -51,16 +51,16 @@ class StreamCounts(NamedTuple):
                 sliding window of their own evict as they would without streams.
         """
         managers = list(managers)
-        evicted = [manager.take_evicted() for manager in managers]
+        counts = [manager.take_counts() for manager in managers]
         widest = max(
             range(len(managers)), key=lambda i: managers[i].blocks.window.capacity
         )
         return cls(
             blocks_pinned=sum(manager.blocks_pinned for manager in managers),
-            streams_past_window=managers[widest].streams_past_window,
-            resident_tokens=managers[widest].resident_tokens,
-            blocks_evicted=sum(blocks for blocks, _ in evicted),
-            tokens_evicted=evicted[widest][1],
+            streams_past_window=counts[widest].streams_past_window,
+            resident_tokens=counts[widest].resident_tokens,
+            blocks_evicted=sum(count.blocks_evicted for count in counts),
+            tokens_evicted=counts[widest].tokens_evicted,
         )
 
 

@@ -106,6 +106,10 @@ class BlockWindow:
         oldest_key = max(0, next_query - self.window.window_tokens)
         return max(self.pinned_blocks, oldest_key // self.block_size)
 
+    def expiry(self, block: int) -> int:
+        """Text position of the first query that no longer needs a window block."""
+        return self.window.window_tokens + (block + 1) * self.block_size
+
     def resident_blocks(self, next_query: int, num_tokens: int) -> int:
         """Blocks held by a stream of ``num_tokens`` slots before ``next_query`` runs.
 

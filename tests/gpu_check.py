@@ -166,7 +166,10 @@ def check_long_stream() -> str:
 def check_fp8() -> str:
     """An 8-bit cache: the losses of a float32 one whose numbers are rounded so.
 
-    Stock vLLM is no oracle, since it rounds the queries to 8 bits too.
+    Stock vLLM is no oracle, since it rounds the queries to 8 bits too. The products of
+    the two engines may differ by a rounding of float32, which now and then moves a key
+    to the next number of 8 bits: changing the keys by 1e-6 of themselves, at random,
+    changed these losses by 0.08, where the cache as a whole changes them by 1.7.
     """
     import torch
 
@@ -178,13 +181,18 @@ def check_fp8() -> str:
     losses = eight_bit_losses(ids, enforce_eager=False, gpu_memory_utilization=0.05)
     effect = worst(losses["rounded"], losses["plain"])
     error = worst(losses["rounded"], losses["fp8"])
-    assert effect > 0.02
-    assert error < 2e-3, f"losses differ by {error}"
+    assert effect > 1
+    assert error < 0.08, f"losses differ by {error}"
     return f"losses within {error:.1e}, which the rounding changes by {effect:.1e}"
 
 
 def check_flash(mode: str) -> str:
-    """Prompts through FlashAttention in an engine: the losses of the other route."""
+    """Prompts through FlashAttention in an engine: the losses of the other route.
+
+    Full graphs of mixed batches leave it out, see ``SinkTritonMetadataBuilder``.
+    """
+    import pytest
+
     from sink_paged.attention import flash
     from tests.engines import flash_losses, worst
 
@@ -192,10 +200,20 @@ def check_flash(mode: str) -> str:
         return "skipped: no FlashAttention 3 here"
     options = {**MODES[mode], "gpu_memory_utilization": 0.05, "dtype": "float16"}
     ids = [7919 * i * i % 251 for i in range(1, 600)]
-    losses = flash_losses(ids, **{"enforce_eager": False, **options})
+    calls = []
+    attend = flash.sink_attention
+
+    def counted(query: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(len(query))
+        attend(query, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "sink_attention", counted)
+        losses = flash_losses(ids, **{"enforce_eager": False, **options})
     error = worst(losses["Triton"], losses["FlashAttention"])
+    assert bool(calls) == (mode != "full graphs"), f"{len(calls)} calls"
     assert error < 0.06, f"losses differ by {error}"
-    return f"losses of both routes within {error:.1e}"
+    return f"{len(calls)} calls, losses of both routes within {error:.1e}"
 
 
 def run_tests(*paths: str) -> str:

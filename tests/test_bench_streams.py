@@ -285,8 +285,9 @@ def test_arguments_are_checked(changes: dict[str, Any], words: str | None) -> No
 def test_a_chunk_fits_into_the_pool_beside_a_window() -> None:
     for window in (128, 256, 512, 2048):
         for kv_windows in (2.0, 3.0, 8.0, 64.0):
-            chunk = plan.batched_tokens(window, kv_windows)
-            assert chunk + window <= kv_windows * window
+            for in_flight in (1, 2):
+                chunk = plan.batched_tokens(window, kv_windows, in_flight)
+                assert in_flight * chunk + window <= kv_windows * window
 
 
 # Processes.

@@ -4,6 +4,7 @@
 In Triton's interpreter, or on a GPU with ``TRITON_INTERPRET=0``.
 """
 
+import copy
 import os
 from collections.abc import Callable
 
@@ -89,7 +90,11 @@ def test_rows_in_the_models_dtype() -> None:
 def test_rows_of_hugging_face_modules(family: str) -> None:
     """In every layout of the output: halves, pairs, and once."""
     rotary = rotary_of(family)
-    check(lambda device: TransformersRotations(rotary.to(device), CAPACITY, 32))
+
+    def steps_of_a_copy(device: torch.device) -> TransformersRotations:
+        return TransformersRotations(copy.deepcopy(rotary).to(device), CAPACITY, 32)
+
+    check(steps_of_a_copy)
 
 
 def test_stale_positions_do_no_harm() -> None:

@@ -58,6 +58,17 @@ def test_blocks_kept_are_the_blocks_attended(
     assert len(kept) <= policy.max_blocks(num_tokens - query)
 
 
+@given(policies, st.integers(0, 400))
+def test_the_oldest_block_stays_until_its_expiry(
+    policy: BlockWindow, query: int
+) -> None:
+    oldest = policy.first_window_block(query)
+    expiry = policy.expiry(oldest)
+    assert query < expiry
+    assert policy.first_window_block(expiry - 1) == oldest
+    assert policy.first_window_block(expiry) == oldest + 1
+
+
 @given(policies, st.integers(0, 400), st.integers(1, 60))
 def test_ring_columns_never_collide(
     policy: BlockWindow, query: int, in_flight: int

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from streams.workload import Workload
@@ -27,10 +28,11 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
-    # One thread a core: by default vLLM leaves a core to the engine core's process.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
 }
+if not torch.cuda.is_available():
+    # One thread a core: by default vLLM leaves a core to the engine core's process.
+    SETTINGS["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    SETTINGS["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 """Environment variables of every peer, unless the user's environment has them."""
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+import torch
+
 from streams.workload import Workload
 
 MOST_BATCHED_TOKENS = 2048
@@ -13,6 +15,7 @@ MOST_BATCHED_TOKENS = 2048
 
 def workloads(args: argparse.Namespace, model: str, scratch: str) -> Iterator[Workload]:
     """One repetition: all peers of a window and concurrency next to each other."""
+    in_flight = 2 if torch.cuda.is_available() else 1
     for window in args.window:
         for streams in args.concurrency:
             for peer in args.peers:
@@ -30,7 +33,8 @@ def workloads(args: argparse.Namespace, model: str, scratch: str) -> Iterator[Wo
                     eager=args.eager,
                     block_size=args.block_size,
                     max_num_batched_tokens=args.max_num_batched_tokens
-                    or batched_tokens(window, args.kv_windows),
+                    or batched_tokens(window, args.kv_windows, in_flight),
+                    steps_in_flight=in_flight,
                     seed=args.seed,
                     kv_cache_dtype=args.kv_cache_dtype,
                     scratch=scratch,
@@ -42,10 +46,16 @@ def text_tokens(args: argparse.Namespace, window: int) -> int:
     return int(args.length_windows * window)
 
 
-def batched_tokens(window: int, kv_windows: float) -> int:
-    """Most tokens in a step: a chunk must fit into the pool beside a window."""
+def batched_tokens(window: int, kv_windows: float, in_flight: int) -> int:
+    """Most tokens in a step: those in flight must fit into the pool beside a window.
+
+    Args:
+        window: tokens of one.
+        kv_windows: size of the KV pool, in windows; 0 for what the streams need.
+        in_flight: steps that are under way at once.
+    """
     windows = max(1.0, min(4.0, kv_windows / 2)) if kv_windows else 4.0
-    return min(MOST_BATCHED_TOKENS, int(windows * window))
+    return min(MOST_BATCHED_TOKENS, int(windows * window / in_flight))
 
 
 def check(args: argparse.Namespace) -> str | None:

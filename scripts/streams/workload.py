@@ -33,6 +33,8 @@ class Workload:
         eager: no ``torch.compile``.
         block_size: tokens in a KV block.
         max_num_batched_tokens: most tokens in a step of an engine.
+        steps_in_flight: of an engine of vLLM, which schedules a GPU's next step while
+            one runs.
         seed: of the prompts.
         kv_cache_dtype: as vLLM names it; ``auto`` is ``dtype``.
         scratch: folder for what a peer makes of the checkpoint.
@@ -51,6 +53,7 @@ class Workload:
     eager: bool = False
     block_size: int = 32
     max_num_batched_tokens: int = 2048
+    steps_in_flight: int = 1
     seed: int = 0
     kv_cache_dtype: str = "auto"
     scratch: str = ""

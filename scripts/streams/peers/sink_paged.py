@@ -15,11 +15,12 @@ def run(workload: Workload, report: Report) -> Result:
     size = workload.block_size
     recent = workload.window - workload.sink_tokens
     blocks = blocks_for(workload.sink_tokens, size) + blocks_for(recent, size) + 2
-    chunk = blocks_for(workload.max_num_batched_tokens, size)
+    in_flight = workload.steps_in_flight * workload.max_num_batched_tokens
+    chunks = blocks_for(in_flight, size)
     settings = {"sink_tokens": workload.sink_tokens, "window_tokens": recent}
     engine = Engine(
         workload,
-        pool_blocks(workload, blocks * size, shared=chunk),
+        pool_blocks(workload, blocks * size, shared=chunks),
         max_model_len=workload.window + 1,
         additional_config={"sink_paged": settings},
     )
