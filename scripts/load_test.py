@@ -64,7 +64,7 @@ QUICK: dict[str, Any] = {
     "spot_checks": 10,
     "longest_prompt": 4.0,
     "longest_output": 2.5,
-    "fault_streams": 2,
+    "fault_streams": 8,
     "eager": True,
     "no_stock": True,
 }

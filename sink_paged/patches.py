@@ -8,6 +8,7 @@ where vLLM has them nothing is wrapped.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,17 @@ def _record_read(original: Callable[..., Any], self: Any) -> None:
 READS_UNPOLLED = 1024
 
 
+def _sched_yield(original: Callable[..., Any]) -> None:
+    from vllm.platforms import current_platform
+
+    # Linux 6.18 lets two processes that yield all the time starve the others of the
+    # machine: 20 ms of work took seconds. This sleeps for the timer's slack, 50 us.
+    if current_platform.is_cpu():
+        time.sleep(0)
+    else:
+        original()
+
+
 def llvmlite_modules() -> list[str]:
     """Names of the loaded modules of llvmlite."""
     return [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
@@ -202,6 +214,14 @@ ALL = (
         why="a worker in a process of its own grows by 50 bytes a step, and so does "
         "the engine core",
         upstream="vllm.distributed.device_communicators.shm_broadcast:READS_UNPOLLED",
+    ),
+    Patch(
+        target="vllm.distributed.device_communicators.shm_broadcast:sched_yield",
+        parameters=(),
+        wrapper=_sched_yield,
+        why="on a CPU, an engine core and its worker that wait for each other take the "
+        "cores from the API server, whose clients then wait for minutes",
+        upstream="vllm.distributed.device_communicators.shm_broadcast:WAITS_ASLEEP",
     ),
 )
 

@@ -27,13 +27,13 @@ class PatchError(RuntimeError):
 
 
 def find(path: str) -> Any | None:
-    """The object at ``module:qualified.name``, or None where there is none."""
+    """What is at ``module:qualified.name``, or the module; None where there is none."""
     module_name, _, qualified = path.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError:
         return None
-    for name in qualified.split("."):
+    for name in filter(None, qualified.split(".")):
         found = getattr(found, name, None)
     return found
 
@@ -111,7 +111,9 @@ class Patch:
         return patch is not None
 
     def _owner(self) -> tuple[Any, str]:
-        path, _, name = self.target.rpartition(".")
+        module, _, qualified = self.target.partition(":")
+        parents, _, name = qualified.rpartition(".")
+        path = f"{module}:{parents}" if parents else module
         owner = find(path)
         if owner is None:
             raise PatchError(self._message(f"{path} does not exist"))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,24 @@ def test_a_busy_reader_of_the_message_queue_does_not_grow() -> None:
 
     assert grown("as it is") > 4_000_000, "vLLM no longer needs the patch"
     assert grown("patched") < 1_000_000
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_wait_for_a_message_leaves_the_core(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: bool
+) -> None:
+    """Elsewhere than on a CPU, cores are many and a poll's microseconds count."""
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.platforms import current_platform
+
+    next(p for p in patches.ALL if p.target.endswith(":sched_yield")).install()
+    called = []
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda self: on_cpu)
+    monkeypatch.setattr(os, "sched_yield", lambda: called.append("yield"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: called.append(f"{seconds} s"))
+    shm_broadcast.sched_yield()
+    assert called == ["0 s" if on_cpu else "yield"]
 
 
 CHECK = """
