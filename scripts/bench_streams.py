@@ -202,7 +202,11 @@ def parse_arguments() -> argparse.Namespace:
         help="of vLLM's engines; OpenVINO GenAI takes u8 for fp8, hf --dtype",
     )
     add("--eager", action="store_true", help="without torch.compile")
-    add("--block-size", type=int, default=32)
+    add(
+        "--block-size",
+        type=int,
+        help="default: vLLM's, 128 on a CPU, 16 on a GPU; 32 with --kv-windows",
+    )
     add(
         "--max-num-batched-tokens", type=int, help="default: four windows, at most 2048"
     )

@@ -31,7 +31,7 @@ def workloads(args: argparse.Namespace, model: str, scratch: str) -> Iterator[Wo
                     seconds=args.seconds,
                     dtype=args.dtype,
                     eager=args.eager,
-                    block_size=args.block_size,
+                    block_size=args.block_size or block_size(args.kv_windows),
                     max_num_batched_tokens=args.max_num_batched_tokens
                     or batched_tokens(window, args.kv_windows, in_flight),
                     steps_in_flight=in_flight,
@@ -44,6 +44,13 @@ def workloads(args: argparse.Namespace, model: str, scratch: str) -> Iterator[Wo
 def text_tokens(args: argparse.Namespace, window: int) -> int:
     """Length at which a text ends."""
     return int(args.length_windows * window)
+
+
+def block_size(kv_windows: float) -> int:
+    """Tokens of a KV block: vLLM's default, but few where the pool is small."""
+    if kv_windows:
+        return 32
+    return 16 if torch.cuda.is_available() else 128
 
 
 def batched_tokens(window: int, kv_windows: float, in_flight: int) -> int:
