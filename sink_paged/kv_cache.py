@@ -210,7 +210,7 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         held = self.req_to_blocks.get(request_id)
         if held:
             if len(held) < self.blocks.pinned_blocks:
-                self._blocks_pinned = None
+                self._blocks_pinned = None  # more are about to be held
             missing = -(-num_tokens // self.block_size) - len(held)
             return missing if missing > 0 else 0
         self._blocks_pinned = None

@@ -95,8 +95,8 @@ class Engine(Requests):
         begun = time.perf_counter()
         self.workload = workload
         if current_platform.is_cpu():
-            # The worker in the engine core's process: vLLM's default, two processes
-            # that wait for each other busily, wastes one of few cores.
+            # The worker in the engine core's process, where vLLM's default keeps one of
+            # few cores free of it.
             options["distributed_executor_backend"] = IN_PROCESS
         else:
             # The pool's size is given: this only asks for free memory at the start.

@@ -24,15 +24,16 @@ GRACE_SECONDS = 20
 """How long a process may take to end after it said its result."""
 
 
+CPU_SETTINGS = {
+    # One thread a core: by default vLLM leaves a core to the engine core's process.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+}
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
-}
-if not torch.cuda.is_available():
-    # One thread a core: by default vLLM leaves a core to the engine core's process.
-    SETTINGS["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    SETTINGS["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+} | ({} if torch.cuda.is_available() else CPU_SETTINGS)
 """Environment variables of every peer, unless the user's environment has them."""
 
 
