@@ -39,8 +39,8 @@ def load_matmul(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def compile_multiply(module: ModuleType) -> Callable[..., None]:
-    """`multiply` as a function of thirteen integers."""
-    signature = types.void(*[types.int64] * 13)
+    """`multiply` as a function of fifteen integers."""
+    signature = types.void(*[types.int64] * 15)
     compiled: Callable[..., None] = numba.cfunc(signature)(
         module.multiply.py_func
     ).ctypes
@@ -93,6 +93,8 @@ def test_product(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
                             depth,
                             keep,
                             spare.data_ptr(),
+                            packed.data_ptr(),  # read next, as far as it is told
+                            packed.stride(0) * packed.element_size(),
                         )
                         torch.testing.assert_close(
                             c.double(), expected, atol=2e-5, rtol=1e-5

@@ -63,12 +63,13 @@ STORE_LAYER = struct.Struct(f"{CACHE_LAYER.format}2d")
 
 # Of a layer that `attend` reads
 _offset = count(LAYER + CACHE_LAYER.size, 8)
-HEADS = next(_offset)
+GROUP = next(_offset)  # query heads that share a kv head
 ROTATION = next(_offset)
 ROTATION_ROW = next(_offset)
 ROTARY_DIM = next(_offset)
 INTERLEAVED = next(_offset)
 SINKS = next(_offset)
+PINNED = next(_offset)  # blocks that hold them
 RECENT = next(_offset)
 SLOPES = next(_offset)
 SINK_LOGITS = next(_offset)
@@ -84,5 +85,5 @@ PARTIAL_BYTES = next(_offset)
 SCALE = next(_offset)  # float64, of products of queries and keys as they are read
 SUM_SCALE = next(_offset)  # float64, of sums of values as they are read
 SOFT_CAP = next(_offset)  # float64
-ATTEND_LAYER = struct.Struct(f"{CACHE_LAYER.format}18q3d")
+ATTEND_LAYER = struct.Struct(f"{CACHE_LAYER.format}19q3d")
 SIZE = LAYER + ATTEND_LAYER.size

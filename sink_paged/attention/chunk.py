@@ -10,71 +10,58 @@ from numba import types
 from sink_paged.attention.arguments import (
     BLOCK_SIZE,
     CACHE_KIND,
+    GROUP,
     HEAD_SIZE,
-    HEADS,
-    KV_HEADS,
-    RECENT,
-    SCALE,
-    SINKS,
-    SLOPES,
-    SOFT_CAP,
 )
-from sink_paged.attention.matmul import (
-    multiply,
-)
-from sink_paged.attention.pages import add_value_tile, find_page, prefetch_page
+from sink_paged.attention.matmul import FEW_ROWS, multiply
+from sink_paged.attention.online_softmax import update_softmax
+from sink_paged.attention.pages import add_value_tile, find_page, list_pages
 from sink_paged.attention.simd import (
-    LOG2_E,
     element_size,
     jit,
-    load_f32,
-    load_f64,
     load_i64,
     pair_size,
-    scale_row,
-    store_f32,
-    zero_half_row,
-    zero_row,
-)
-from sink_paged.attention.softmax import (
-    exp2,
-    exponentials,
-    exponentials_bf16,
-    general_logits,
-    largest_of,
-    mask,
+    prefetch,
 )
 from sink_paged.attention.tiles import multiply_tiles
 
 CHUNK = 256  # keys that share one softmax update
-WEIGHT_COLUMNS = CHUNK + 32  # a matrix tile may begin in a chunk and end behind it
+SINK_COLUMNS = 32  # sinks behind them; or a matrix tile may end there
+WEIGHT_COLUMNS = CHUNK + SINK_COLUMNS
+LONG_CHUNK = 1024  # of few rows, in the same memory
+LONG_COLUMNS = LONG_CHUNK + SINK_COLUMNS
+MAX_PAGES = LONG_CHUNK // 16 + 1  # of a chunk; the first may be entered in the middle
+PAGES_SIZE = 16 * MAX_PAGES  # bytes, sinks' pages too
 
 
 @jit
 def _multiply_keys(
     args: int,
-    request: int,
-    kv_head: int,
-    begin: int,
-    end: int,
+    pages: int,
+    offset: int,
+    count: int,
     query: int,
     rows: int,
     tiles: int,
+    row_columns: int,
     spare: int,
     logits: int,
+    after: int,
 ) -> None:
-    """Products of query rows and the keys `[begin, end)`, `begin` a multiple of 16."""
+    """Products of query rows and `count` keys from `offset` in the first of `pages`.
+
+    What is read next, in the end at `after`, is asked for early.
+    """
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
     kind = load_i64(args + CACHE_KIND)
     element, pair = element_size(kind), pair_size(kind)
     key_tile = 16 * head_size * element
-    key = begin
-    while key < end:
-        offset = key % block_size
-        run = min(block_size - offset, end - key)
+    keys = load_i64(pages) + offset // 16 * key_tile
+    while count > 0:
+        run = min(block_size - offset, count)
         vectors = (run + 15) // 16
-        keys = find_page(args, request, kv_head, key) + (offset // 16) * key_tile
-        target = logits + 4 * (key - begin)
+        count, offset, pages = count - run, types.int64(0), pages + 8
+        following = load_i64(pages) if count > 0 else after
         if tiles:
             multiply_tiles(
                 query,
@@ -83,13 +70,13 @@ def _multiply_keys(
                 64,
                 key_tile,
                 1024,
-                target,
-                4 * WEIGHT_COLUMNS,
+                logits,
+                4 * row_columns,
                 tiles,
                 vectors,
                 head_size // 32,
                 0,
-                keys + vectors * key_tile,
+                following,
                 key_tile,
             )
         else:
@@ -100,127 +87,59 @@ def _multiply_keys(
                 keys,
                 16 * element * pair,
                 key_tile,
-                target,
-                4 * WEIGHT_COLUMNS,
+                logits,
+                4 * row_columns,
                 rows,
                 vectors,
                 head_size,
                 0,
                 spare,
+                following,
+                key_tile,
             )
-        key += run
-
-
-@jit
-def _update_softmax(
-    args: int,
-    position: int,
-    first_head: int,
-    rows: int,
-    is_sink: bool,
-    begin: int,
-    end: int,
-    weights: int,
-    weights_half: int,
-    sums: int,
-    state: int,
-) -> None:
-    """Turn the logits of the keys `[begin, end)` into weights.
-
-    Keys that a row does not attend weigh nothing in it. `weights_half` is where
-    bfloat16 weights go, 0 for float32 ones in place.
-    """
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
-    head_size, slopes = load_i64(args + HEAD_SIZE), load_i64(args + SLOPES)
-    sinks, recent = load_i64(args + SINKS), load_i64(args + RECENT)
-    scale = types.float32(load_f64(args + SCALE))
-    soft_cap = types.float32(load_f64(args + SOFT_CAP))
-    slope = types.float32(0.0)
-    for row in range(rows):
-        i = position + row // group
-        if is_sink:
-            first, last = types.int64(0), min(sinks, i - recent)
-            distance_from = min(i, sinks + recent)
-        else:
-            first, last = max(i - recent, 0), i + 1
-            distance_from = i
-        low, high = max(first, begin) - begin, min(last, end) - begin
-        logits = weights + row * 4 * WEIGHT_COLUMNS
-        half = weights_half + row * 2 * WEIGHT_COLUMNS
-        low16, high16 = low & -16, (high + 15) & -16
-        if high <= low:
-            low16 = high16 = types.int64(0)
-        else:
-            factor = scale * types.float32(LOG2_E)
-            if slopes != 0 or soft_cap > 0:
-                if slopes != 0:
-                    slope = load_f32(slopes + 4 * (first_head + row % group))
-                shift = types.float32(begin - distance_from)
-                general_logits(logits, low16, high16, scale, soft_cap, slope, shift)
-                factor = types.float32(1)
-            if low16 < low:
-                mask(logits, low16, low, high)
-            if high < high16:
-                mask(logits, high16 - 16, low, high)
-            largest = largest_of(logits, low16, high16) * factor
-            previous = load_f32(state + 8 * row)
-            total = load_f32(state + 8 * row + 4)
-            if largest > previous:
-                decay = exp2(previous - largest)
-                store_f32(state + 8 * row, largest)
-                scale_row(sums + row * 4 * head_size, head_size, decay)
-                total *= decay
-            else:
-                largest = previous
-            if weights_half:
-                total += exponentials_bf16(logits, low16, high16, factor, largest, half)
-            else:
-                total += exponentials(logits, low16, high16, factor, largest)
-            store_f32(state + 8 * row + 4, total)
-        if weights_half:
-            zero_half_row(half, 0, low16)
-            # Behind `end` too, where a matrix tile may end.
-            zero_half_row(half, high16, end - begin + 16)
-        else:
-            zero_row(logits, 0, low16)
-            zero_row(logits, high16, end - begin)
+        logits += 4 * run
+        keys = following
 
 
 @jit
 def _add_values(
     args: int,
-    request: int,
-    kv_head: int,
-    begin: int,
-    end: int,
-    key_begin: int,
+    pages: int,
+    offset: int,
+    count: int,
+    skipped: int,
     rows: int,
     tiles: int,
+    row_columns: int,
     weights: int,
     spare: int,
     sums: int,
+    after: int,
 ) -> None:
-    """Add the weighted values of the keys `[begin, end)`; none before `key_begin`."""
+    """Add `count` weighted values from `offset` in the first of `pages`.
+
+    No row attends the first `skipped`. The keys that are read next lie at `after`.
+    """
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
     kind = load_i64(args + CACHE_KIND)
     element, pair = element_size(kind), pair_size(kind)
-    strip = 16 * block_size * element
-    key = begin
-    while key < end:
-        offset = key % block_size
-        run = min(block_size - offset, end - key)
-        values = find_page(args, request, kv_head, key)
-        values += (block_size * head_size + 16 * offset) * element
+    strip, behind_keys = 16 * block_size * element, block_size * head_size * element
+    values = load_i64(pages) + behind_keys + 16 * offset * element
+    while count > 0:
+        run = min(block_size - offset, count)
+        count, offset, pages = count - run, types.int64(0), pages + 8
+        following, stride = after, 16 * run * element
+        if count > 0:
+            following, stride = load_i64(pages) + behind_keys, strip
         if tiles:
-            row = weights + 2 * (key - begin)
             done = types.int64(0)
             # Zero times a NaN is a NaN: tokens that no row attends are not multiplied.
-            if key < key_begin:
+            if skipped > 0:
                 last = min(run, 32)
-                first = min(key_begin - key, last)
+                first = min(skipped, last)
                 add_value_tile(
-                    row,
-                    2 * WEIGHT_COLUMNS,
+                    weights,
+                    2 * row_columns,
                     values,
                     strip,
                     first,
@@ -234,8 +153,8 @@ def _add_values(
             whole = (run - done) // 32
             if whole > 0:
                 multiply_tiles(
-                    row + 2 * done,
-                    2 * WEIGHT_COLUMNS,
+                    weights + 2 * done,
+                    2 * row_columns,
                     values + 32 * done,
                     64,
                     strip,
@@ -246,14 +165,14 @@ def _add_values(
                     head_size // 16,
                     whole,
                     1,
-                    values + head_size // 16 * strip,
-                    strip,
+                    following,
+                    stride,
                 )
                 done += 32 * whole
             if done < run:
                 add_value_tile(
-                    row + 2 * done,
-                    2 * WEIGHT_COLUMNS,
+                    weights + 2 * done,
+                    2 * row_columns,
                     values + 32 * done,
                     strip,
                     types.int64(0),
@@ -266,8 +185,8 @@ def _add_values(
         else:
             multiply(
                 kind,
-                weights + 4 * (key - begin),
-                4 * WEIGHT_COLUMNS,
+                weights,
+                4 * row_columns,
                 values,
                 16 * element * pair,
                 strip,
@@ -278,8 +197,152 @@ def _add_values(
                 run,
                 1,
                 spare,
+                following,
+                stride,
             )
-        key += run
+        skipped -= run
+        weights += 2 * run if tiles else 4 * run
+        values = following
+
+
+@jit
+def _prefetch_values(args: int, page: int, offset: int, count: int) -> None:
+    """Ask early for the values of `count` tokens of a page."""
+    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
+    element = element_size(load_i64(args + CACHE_KIND))
+    strip = 16 * block_size * element
+    values = page + block_size * head_size * element + 16 * offset * element
+    for _ in range(head_size // 16):
+        for line in range(0, 16 * min(count, block_size - offset) * element, 64):
+            prefetch(values + line)
+        values += strip
+
+
+@jit
+def _attend_chunk(
+    args: int,
+    request: int,
+    kv_head: int,
+    position: int,
+    rows: int,
+    sink_begin: int,
+    sink_end: int,
+    key_begin: int,
+    begin: int,
+    end: int,
+    sink_query: int,
+    query: int,
+    tiles: int,
+    row_columns: int,
+    weights: int,
+    weights_half: int,
+    spare: int,
+    pages: int,
+    sums: int,
+    state: int,
+    following: int,
+) -> None:
+    """Add the keys `[begin, end)` and the sinks `[sink_begin, sink_end)` to a softmax.
+
+    Keys before `key_begin` are not attended.
+    """
+    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
+    element = element_size(load_i64(args + CACHE_KIND))
+    keys, sinks = end - begin, sink_end - sink_begin
+    sink_column = (keys + 15) & -16
+    columns = sink_column + ((sinks + 15) & -16)
+    sink_weights, sink_pages = weights + 4 * sink_column, pages + 8 * MAX_PAGES
+    offset, sink_offset = types.int64(0), types.int64(0)
+    if keys > 0:
+        offset = list_pages(args, request, kv_head, begin, end, pages)
+        first_values = block_size * head_size + 16 * offset
+        first_values = load_i64(pages) + first_values * element
+    else:
+        first_values = following
+    if sinks > 0:
+        sink_offset = list_pages(
+            args, request, kv_head, sink_begin, sink_end, sink_pages
+        )
+        if keys > 0:
+            _prefetch_values(args, load_i64(sink_pages), sink_offset, sinks)
+    if keys > 0:
+        _multiply_keys(
+            args,
+            pages,
+            offset,
+            keys,
+            query,
+            rows,
+            tiles,
+            row_columns,
+            spare,
+            weights,
+            load_i64(sink_pages) if sinks > 0 else first_values,
+        )
+    if sinks > 0:
+        _multiply_keys(
+            args,
+            sink_pages,
+            sink_offset,
+            sinks,
+            sink_query,
+            rows,
+            tiles,
+            row_columns,
+            spare,
+            sink_weights,
+            first_values,
+        )
+    update_softmax(
+        args,
+        position,
+        kv_head * load_i64(args + GROUP),
+        rows,
+        sink_begin,
+        sink_end,
+        begin,
+        end,
+        sink_column,
+        columns + 16 if tiles else columns,  # a matrix tile may end there
+        row_columns,
+        weights,
+        weights_half,
+        sums,
+        state,
+    )
+    if tiles:
+        weights = weights_half
+        sink_weights = weights_half + 2 * sink_column
+    if sinks > 0:
+        _add_values(
+            args,
+            sink_pages,
+            sink_offset,
+            sinks,
+            types.int64(0),
+            rows,
+            tiles,
+            row_columns,
+            sink_weights,
+            spare,
+            sums,
+            first_values,
+        )
+    if keys > 0:
+        _add_values(
+            args,
+            pages,
+            offset,
+            keys,
+            key_begin - begin,
+            rows,
+            tiles,
+            row_columns,
+            weights,
+            spare,
+            sums,
+            following,
+        )
 
 
 @jit
@@ -289,61 +352,65 @@ def attend_keys(
     kv_head: int,
     position: int,
     rows: int,
-    is_sink: bool,
+    sink_end: int,
     key_begin: int,
     key_end: int,
+    sink_query: int,
     query: int,
     tiles: int,
     weights: int,
     weights_half: int,
     spare: int,
+    pages: int,
     sums: int,
     state: int,
+    following: int,
 ) -> None:
-    """Add the keys `[key_begin, key_end)` to the running softmax of a tile."""
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    """Add the sinks `[0, sink_end)` and the keys `[key_begin, key_end)` to a softmax.
+
+    `following` is where the keys lie that this thread reads next.
+    """
     block_size = load_i64(args + BLOCK_SIZE)
     # Chunks of whole pages, or at least of whole vectors or matrix tiles of a page.
     align = 32 if tiles and block_size % 32 == 0 else 16
-    span = types.int64(CHUNK)
-    if block_size <= CHUNK:
-        span = CHUNK - CHUNK % block_size
-    begin = key_begin - key_begin % align
-    while begin < key_end:
-        end = min(begin - begin % span + span, key_end)
-        if tiles == 1:
-            if begin < key_begin:
-                prefetch_page(args, request, kv_head, begin, align, False)
-            if end % align != 0:
-                tail = end % align
-                prefetch_page(args, request, kv_head, end - tail, tail, False)
-        _multiply_keys(
-            args, request, kv_head, begin, end, query, rows, tiles, spare, weights
-        )
-        _update_softmax(
-            args,
-            position,
-            kv_head * group,
-            rows,
-            is_sink,
-            begin,
-            end,
-            weights,
-            weights_half,
-            sums,
-            state,
-        )
-        _add_values(
+    span, row_columns = types.int64(CHUNK), types.int64(WEIGHT_COLUMNS)
+    if rows <= FEW_ROWS and tiles == 0:
+        span, row_columns = types.int64(LONG_CHUNK), types.int64(LONG_COLUMNS)
+    if block_size <= span:
+        span -= span % block_size
+    sink_begin, begin = types.int64(0), key_begin - key_begin % align
+    while sink_begin < sink_end or begin < key_end:
+        # A few sinks share the softmax of the first chunk.
+        is_apart = tiles != 0 or sink_end - sink_begin > SINK_COLUMNS
+        chunk_end, sink_stop = begin, sink_end
+        if sink_begin < sink_end and is_apart:
+            sink_stop = min(sink_begin + span, sink_end)
+        else:
+            chunk_end = max(begin, min(begin - begin % span + span, key_end))
+        after = following
+        if chunk_end < key_end:
+            after = find_page(args, request, kv_head, chunk_end)
+        _attend_chunk(
             args,
             request,
             kv_head,
-            begin,
-            end,
-            key_begin,
+            position,
             rows,
+            sink_begin,
+            sink_stop,
+            key_begin,
+            begin,
+            chunk_end,
+            sink_query,
+            query,
             tiles,
-            weights_half if tiles else weights,
+            row_columns,
+            weights,
+            weights_half,
             spare,
+            pages,
             sums,
+            state,
+            after,
         )
-        begin = end
+        sink_begin, begin = sink_stop, chunk_end

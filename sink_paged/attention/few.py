@@ -14,41 +14,23 @@ from numba import types
 
 from sink_paged.attention.arguments import (
     BLOCK_SIZE,
-    COLUMNS,
+    GROUP,
     HEAD_SIZE,
-    HEADS,
-    KV_HEADS,
-    RECENT,
-    SCALE,
-    SINKS,
-    SLOPES,
-    SOFT_CAP,
 )
+from sink_paged.attention.online_softmax import update_softmax
 from sink_paged.attention.pages import (
     find_column,
     find_page,
     gather_values,
+    next_column,
     page_in_column,
     prefetch_values,
 )
 from sink_paged.attention.simd import (
-    LOG2_E,
     jit,
-    load_f32,
-    load_f64,
     load_i64,
-    scale_row,
-    store_f32,
     store_i64,
-    zero_half_row,
     zero_row,
-)
-from sink_paged.attention.softmax import (
-    exp2,
-    exponentials_bf16,
-    general_logits,
-    largest_of,
-    mask,
 )
 from sink_paged.attention.tiles import accumulate_tiles, multiply_tiles
 
@@ -77,9 +59,8 @@ def _list_segments(
     `TILES` counts whole tiles of 32 values, 0 in a segment of fewer.
     """
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    num_columns = load_i64(args + COLUMNS)
-    pinned = (load_i64(args + SINKS) + block_size - 1) // block_size
-    column, offset = find_column(args, begin // block_size), begin % block_size
+    block = begin // block_size
+    offset, column = begin - block * block_size, find_column(args, block)
     key, segment = begin, segments
     while key < end:
         run = min(block_size - offset, end - key)
@@ -96,9 +77,7 @@ def _list_segments(
             store_i64(segment - SEGMENT + AHEAD, values)
         key += run
         segment += SEGMENT
-        offset, column = types.int64(0), column + 1
-        if column == num_columns:
-            column = pinned
+        offset, column = types.int64(0), next_column(args, column)
     # The next two strips of the first page.
     store_i64(segment - SEGMENT + AHEAD, load_i64(segments) + 64 * block_size)
     return (segment - segments) // SEGMENT
@@ -137,77 +116,6 @@ def _multiply_keys(
 
 
 @jit
-def _mask_range(logits: int, begin: int, low: int, high: int, end: int) -> None:
-    """-inf in `[begin, end)` but for `[low, high)`; begin and end multiples of 16."""
-    for column in range(begin, end, 16):
-        if column < low or column + 16 > high:
-            mask(logits, column, low, high)
-
-
-@jit
-def _update_softmax(
-    args: int,
-    position: int,
-    first_head: int,
-    rows: int,
-    sink_end: int,
-    begin: int,
-    end: int,
-    sink_column: int,
-    columns: int,
-    weights: int,
-    weights_half: int,
-    sums: int,
-    state: int,
-) -> None:
-    """Turn the logits of keys `[begin, end)`, and of sinks if any, into weights.
-
-    Keys that a row does not attend weigh nothing in it.
-    """
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
-    head_size, slopes = load_i64(args + HEAD_SIZE), load_i64(args + SLOPES)
-    recent, capacity = load_i64(args + RECENT), load_i64(args + SINKS)
-    capacity += recent
-    scale = types.float32(load_f64(args + SCALE))
-    soft_cap = types.float32(load_f64(args + SOFT_CAP))
-    general = slopes != 0 or soft_cap > 0
-    factor = types.float32(load_f64(args + SCALE) * LOG2_E)
-    if general:
-        factor = types.float32(1)
-    slope = types.float32(0.0)
-    for row in range(rows):
-        i = position + row // group
-        logits = weights + row * 4 * ROW_COLUMNS
-        half = weights_half + row * 2 * ROW_COLUMNS
-        low = min(max(i - recent - begin, 0), end - begin)
-        high = max(min(i + 1, end) - begin, low)
-        low16 = low & -16
-        sinks = max(min(sink_end, i - recent), 0)
-        if general:
-            if slopes != 0:
-                slope = load_f32(slopes + 4 * (first_head + row % group))
-            shift = types.float32(begin - i)
-            general_logits(logits, low16, sink_column, scale, soft_cap, slope, shift)
-            shift = types.float32(-sink_column - min(i, capacity))
-            general_logits(logits, sink_column, columns, scale, soft_cap, slope, shift)
-        if low16 < low:
-            mask(logits, low16, low, high)
-        _mask_range(logits, high & -16, low, high, sink_column)
-        _mask_range(logits, sink_column, sink_column, sink_column + sinks, columns)
-        previous = load_f32(state + 8 * row)
-        total = load_f32(state + 8 * row + 4)
-        largest = max(previous, largest_of(logits, low16, columns) * factor)
-        if largest > previous:
-            decay = exp2(previous - largest)
-            scale_row(sums + row * 4 * head_size, head_size, decay)
-            total *= decay
-            store_f32(state + 8 * row, largest)
-        total += exponentials_bf16(logits, low16, columns, factor, largest, half)
-        store_f32(state + 8 * row + 4, total)
-        zero_half_row(half, types.int64(0), low16)
-
-
-@jit
 def _attend_span(
     args: int,
     request: int,
@@ -229,7 +137,7 @@ def _attend_span(
 ) -> None:
     """Add the keys `[begin, end)` and the sinks `[0, sink_end)` to a softmax."""
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    group = load_i64(args + GROUP)
     strips, strip = head_size // 16, 32 * block_size
     whole = (end - begin) & -32
     tail = end - begin - whole
@@ -269,16 +177,18 @@ def _attend_span(
             first_values,
             strip,
         )
-    _update_softmax(
+    update_softmax(
         args,
         position,
         kv_head * group,
         rows,
+        types.int64(0),
         sink_end,
         begin,
         end,
         sink_column,
         columns,
+        types.int64(ROW_COLUMNS),
         weights,
         weights_half,
         sums,
@@ -355,7 +265,7 @@ def attend_few(
             kv_head,
             position,
             rows,
-            max(sink_end, 0) if is_last else types.int64(0),
+            sink_end if is_last else types.int64(0),
             begin,
             end,
             sink_query,

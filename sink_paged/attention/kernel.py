@@ -15,8 +15,9 @@ from numba import types
 from sink_paged.attention.arguments import (
     ARRIVALS,
     BLOCK_SIZE,
+    CACHE_KIND,
+    GROUP,
     HEAD_SIZE,
-    HEADS,
     ITEM,
     KV_HEADS,
     MATRIX_TILES,
@@ -36,15 +37,21 @@ from sink_paged.attention.arguments import (
     THREADS,
     TILE_TOKENS,
 )
-from sink_paged.attention.chunk import CHUNK, WEIGHT_COLUMNS, attend_keys
+from sink_paged.attention.chunk import (
+    CHUNK,
+    LONG_COLUMNS,
+    PAGES_SIZE,
+    WEIGHT_COLUMNS,
+    attend_keys,
+)
 from sink_paged.attention.few import (
     MAX_SINKS,
     ROW_COLUMNS,
     SEGMENTS_SIZE,
     attend_few,
 )
-from sink_paged.attention.matmul import COPIED_VECTORS
-from sink_paged.attention.pages import find_page
+from sink_paged.attention.matmul import COPIED_VECTORS, FEW_ROWS
+from sink_paged.attention.pages import find_column, page_in_column
 from sink_paged.attention.rows import (
     merge_parts,
     read_query,
@@ -52,6 +59,7 @@ from sink_paged.attention.rows import (
 )
 from sink_paged.attention.simd import (
     LOG2_E,
+    element_size,
     fetch_add,
     jit,
     load_f32,
@@ -72,7 +80,9 @@ MIN_PART = 128  # keys below which a part is not worth merging
 def scratch_size(max_rows: int, head_size: int) -> int:
     """Bytes of scratch memory that a thread needs, see `_attend_tile`."""
     # Many rows of a chunk hold few rows of a longer one.
-    assert max_rows * WEIGHT_COLUMNS >= 16 * ROW_COLUMNS
+    few_rows = max(16 * ROW_COLUMNS, FEW_ROWS * LONG_COLUMNS)
+    assert max_rows * WEIGHT_COLUMNS >= few_rows
+    assert PAGES_SIZE <= SEGMENTS_SIZE  # which lie in the same place
     # Copies of `multiply` lie where matrix tiles have weights and gathered values.
     spare = max_rows * 2 * WEIGHT_COLUMNS + 128 * head_size
     assert spare >= 32 * COPIED_VECTORS * max(head_size, CHUNK)
@@ -98,7 +108,7 @@ def _attend_tile(
     """
     head_size, max_rows = load_i64(args + HEAD_SIZE), load_i64(args + MAX_ROWS)
     sinks, recent = load_i64(args + SINKS), load_i64(args + RECENT)
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    group = load_i64(args + GROUP)
     sink_logits = load_i64(args + SINK_LOGITS)
     rows, part = num_tokens * group, item % parts
     starts = load_i64(args + STARTS) + 4 * request
@@ -127,7 +137,9 @@ def _attend_tile(
     else:
         spare, weights_half = weights_half, types.int64(0)
     few = tiles == 1 and load_i64(args + BLOCK_SIZE) % 32 == 0 and sinks <= MAX_SINKS
-    sink_end = min(sinks, last - recent) if part == 0 else types.int64(0)
+    sink_end = types.int64(0)
+    if part == 0:
+        sink_end = max(min(sinks, last - recent), 0)
     rotate = load_i64(args + ROTATION) != 0 and sink_end > 0
     read_query(args, first_row, kv_head, rows, tiles, rotate, query, sink_query, spare)
     for row in range(rows):
@@ -168,42 +180,27 @@ def _attend_tile(
             state,
             following,
         )
-        sink_end = key_end = types.int64(0)
-    if sink_end > 0:
+    else:
         attend_keys(
             args,
             request,
             kv_head,
             position,
             rows,
-            True,
-            types.int64(0),
             sink_end,
+            key_begin,
+            key_end,
             sink_query if rotate else query,
+            query,
             tiles,
             weights,
             weights_half,
             spare,
+            segments,
             sums,
             state,
+            following,
         )
-    attend_keys(
-        args,
-        request,
-        kv_head,
-        position,
-        rows,
-        False,
-        key_begin,
-        key_end,
-        query,
-        tiles,
-        weights,
-        weights_half,
-        spare,
-        sums,
-        state,
-    )
     if parts > 1:
         arrivals = load_i64(args + ARRIVALS) + 8 * (item // parts)
         if fetch_add(arrivals, 1) + 1 < parts:
@@ -262,9 +259,12 @@ def _find_following(
         return types.int64(0)
     last = types.int64(load_i32(load_i64(args + SEQ_LENS) + 4 * request)) - 1
     key = max(last - load_i64(args + RECENT), 0) & -32
-    offset = key % load_i64(args + BLOCK_SIZE)
-    page = find_page(args, request, kv_head, key)
-    return page + 2 * offset * load_i64(args + HEAD_SIZE)
+    block_size = load_i64(args + BLOCK_SIZE)
+    block = key // block_size
+    column, offset = find_column(args, block), key - block * block_size
+    page = page_in_column(args, request, kv_head, column)
+    element = element_size(load_i64(args + CACHE_KIND))
+    return page + offset * load_i64(args + HEAD_SIZE) * element
 
 
 @jit
@@ -291,7 +291,7 @@ def attend(args: int) -> None:
             continue
         local = (item - first_item) // parts
         kv_head, token = local // tiles, local % tiles * tile_tokens
-        is_early = use_tiles and num_tokens == 1 and parts == 1
+        is_early = num_tokens == 1 and parts == 1
         following, next_item = types.int64(0), types.int64(0)
         if is_early:
             next_item = _draw(args, item)

@@ -29,6 +29,7 @@ SOURCES = (
     "kernel.py",
     "launch.py",
     "matmul.py",
+    "online_softmax.py",
     "pages.py",
     "rows.py",
     "simd.py",

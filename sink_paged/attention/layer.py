@@ -187,7 +187,7 @@ class LayerAttention:
         self, kv_cache: Tensor, sink_rotation: Tensor | None, dtype: torch.dtype
     ) -> None:
         """Pack what stays; the number of threads is torch's at this time."""
-        _, num_kv_heads, _, width = kv_cache.shape
+        _, num_kv_heads, block_size, width = kv_cache.shape
         head_size = width // 2
         num_threads = torch.get_num_threads()
         group = self.num_heads // num_kv_heads
@@ -210,12 +210,13 @@ class LayerAttention:
             self._arguments,
             LAYER,
             *_cache_arguments(kv_cache, dtype),
-            self.num_heads,
+            group,
             rotation,
             rotation_row,
             rotary_dim,
             self.interleaved,
             self.window.sink_tokens,
+            cdiv(self.window.sink_tokens, block_size),
             self.window.window_tokens,
             0 if slopes is None else slopes.data_ptr(),
             0 if logits is None else logits.data_ptr(),

@@ -8,20 +8,18 @@ from sink_paged.attention.arguments import (
     CACHE,
     CACHE_BLOCK,
     CACHE_HEAD,
-    CACHE_KIND,
     COLUMNS,
-    HEAD_SIZE,
-    SINKS,
+    PINNED,
     TABLE,
     TABLE_ROW,
 )
 from sink_paged.attention.simd import (
     copy_masked,
-    element_size,
     jit,
     load_i32,
     load_i64,
     prefetch,
+    store_i64,
     zero_row,
 )
 from sink_paged.attention.tiles import multiply_tiles
@@ -30,11 +28,17 @@ from sink_paged.attention.tiles import multiply_tiles
 @jit
 def find_column(args: int, block: int) -> int:
     """Column of the block table that holds block `block` of a text."""
-    block_size, sinks = load_i64(args + BLOCK_SIZE), load_i64(args + SINKS)
-    pinned = (sinks + block_size - 1) // block_size
+    pinned = load_i64(args + PINNED)
     if block < pinned:
         return block
     return pinned + (block - pinned) % (load_i64(args + COLUMNS) - pinned)
+
+
+@jit
+def next_column(args: int, column: int) -> int:
+    """Column of the block behind that in `column`."""
+    column += 1
+    return column if column < load_i64(args + COLUMNS) else load_i64(args + PINNED)
 
 
 @jit
@@ -54,6 +58,26 @@ def find_page(args: int, request: int, kv_head: int, key: int) -> int:
     """Address of the page that holds text position `key`."""
     column = find_column(args, key // load_i64(args + BLOCK_SIZE))
     return page_in_column(args, request, kv_head, column)
+
+
+@jit
+def list_pages(
+    args: int, request: int, kv_head: int, begin: int, end: int, pages: int
+) -> int:
+    """Write where the pages of the keys `[begin, end)` lie, 8 bytes each, to `pages`.
+
+    Returns the offset of key `begin` in the first of them.
+    """
+    block_size = load_i64(args + BLOCK_SIZE)
+    block = begin // block_size
+    offset, column = begin - block * block_size, find_column(args, block)
+    key = begin - offset
+    while key < end:
+        store_i64(pages, page_in_column(args, request, kv_head, column))
+        pages += 8
+        key += block_size
+        column = next_column(args, column)
+    return offset
 
 
 @jit
@@ -124,21 +148,3 @@ def add_value_tile(
         spare,
         1024,
     )
-
-
-@jit
-def prefetch_page(
-    args: int, request: int, kv_head: int, key: int, run: int, with_keys: bool
-) -> None:
-    """Ask early for the values of `run` tokens from `key`, or for their keys too."""
-    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    element = element_size(load_i64(args + CACHE_KIND))
-    page, offset = find_page(args, request, kv_head, key), key % block_size
-    if with_keys:
-        keys = page + offset // 16 * 16 * head_size * element
-        for n in range(0, (run + 15) // 16 * 16 * head_size * element, 64):
-            prefetch(keys + n)
-    values = page + (block_size * head_size + 16 * offset) * element
-    for n in range(head_size // 16):
-        for line in range(0, 16 * run * element, 64):
-            prefetch(values + n * 16 * block_size * element + line)

@@ -4,11 +4,10 @@
 from numba import types
 
 from sink_paged.attention.arguments import (
+    GROUP,
     HEAD_SIZE,
-    HEADS,
     INTERLEAVED,
     KIND,
-    KV_HEADS,
     MAX_ROWS,
     OUTPUT,
     OUTPUT_HEAD,
@@ -84,12 +83,13 @@ def read_query(
     Both are float32, or bfloat16 for matrix tiles; `spare` holds two rows.
     """
     kind, head_size = load_i64(args + KIND), load_i64(args + HEAD_SIZE)
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    group = load_i64(args + GROUP)
     element = element_size(kind)
     one = types.float32(1)
     bytes_per_row = 2 * head_size if tiles else 4 * head_size
+    token, member = first_row, types.int64(0)
     for row in range(rows):
-        token, head = first_row + row // group, kv_head * group + row % group
+        head = kv_head * group + member
         source = token * load_i64(args + QUERY_TOKEN)
         source += head * load_i64(args + QUERY_HEAD)
         source = load_i64(args + QUERY) + source * element
@@ -112,6 +112,9 @@ def read_query(
             )
             if tiles:
                 narrow_row(1, plain + 4 * head_size, turned, head_size, one)
+        member += 1
+        if member == group:
+            token, member = token + 1, types.int64(0)
 
 
 @jit
@@ -120,16 +123,20 @@ def write_output(
 ) -> None:
     """Write the scaled sums of a tile's rows, divided by the sums of their weights."""
     kind, head_size = load_i64(args + KIND), load_i64(args + HEAD_SIZE)
-    group = load_i64(args + HEADS) // load_i64(args + KV_HEADS)
+    group = load_i64(args + GROUP)
     element = element_size(kind)
     scale = types.float32(load_f64(args + SUM_SCALE))
+    token, member = first_row, types.int64(0)
     for row in range(rows):
-        token, head = first_row + row // group, kv_head * group + row % group
+        head = kv_head * group + member
         target = token * load_i64(args + OUTPUT_TOKEN)
         target += head * load_i64(args + OUTPUT_HEAD)
         target = load_i64(args + OUTPUT) + target * element
         factor = scale / load_f32(state + 8 * row + 4)
         narrow_row(kind, sums + row * 4 * head_size, target, head_size, factor)
+        member += 1
+        if member == group:
+            token, member = token + 1, types.int64(0)
 
 
 @jit

@@ -220,14 +220,18 @@ def lane_numbers(builder: Any, first: Any) -> Any:
     return builder.add(start, ir.Constant(VEC_I32, list(range(LANES))))
 
 
+def extend_f16(builder: Any, bits: Any) -> Any:
+    """The bits of 16 float16 as float32."""
+    return builder.fpext(builder.bitcast(bits, ir.VectorType(_F16, LANES)), VEC)
+
+
 def widen(builder: Any, kind: int, address: Any) -> Any:
     """Load 16 consecutive elements of a dtype as float32."""
     if kind == FLOAT32:
         return load(builder, address, VEC)
     bits = load(builder, address, VEC_I16)
     if kind == FLOAT16:
-        half = builder.bitcast(bits, ir.VectorType(_F16, LANES))
-        return builder.fpext(half, VEC)
+        return extend_f16(builder, bits)
     shifted = builder.shl(builder.zext(bits, VEC_I32), int_constant(16))
     return builder.bitcast(shifted, VEC)
 
@@ -357,10 +361,11 @@ def _emit_rotate(
 rotate_lanes = primitive(types.void, (ADDRESS,) * 4, _emit_rotate)
 
 
-def _emit_prefetch(builder: Any, address: Any) -> None:
+def emit_prefetch(builder: Any, address: Any) -> None:
+    """Ask early for the cache line at an address."""
     pointer = pointer_to(builder, address, ir.IntType(8))
     flags = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep in L1, data
     call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
 
-prefetch = primitive(types.void, (ADDRESS,), _emit_prefetch)
+prefetch = primitive(types.void, (ADDRESS,), emit_prefetch)
