@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,43 +34,55 @@ BLOCK_SIZE = 16
 IDS: list[int] = json.loads((GOLDEN / "golden.json").read_text())["ids"][:250]
 READ = greedy(1, prompt_logprobs=0)
 TOLERANCE = 1e-4
-SCALES = (2.0**-9, 2.0**-10)
-"""Powers of two, which change no product's rounding: a key that another order of sums
-puts on the other side of a rounding changes losses by far more than that. So small that
-large keys and values are cut off."""
+SCALES = (2.0**-9, 2.0**-10)  # so small that large keys and values are cut off
+
+Writes = list[tuple[Tensor, Tensor]]  # keys and values of every write, not yet rounded
 
 
 def read(llm: LLM) -> list[float]:
+    forget(llm)
     return prompt_losses(generate(llm, [IDS], READ)[0])
 
 
-def losses(
-    model: Path,
-    rounded: torch.dtype | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
-    **options: Any,
-) -> list[float]:
-    """Of `IDS`; where `rounded`, with keys and values rounded as that dtype holds them.
+def read_and_record(llm: LLM) -> tuple[list[float], Writes]:
+    """Losses of `IDS`, and what was written to the cache meanwhile."""
+    write, writes = CacheWriter.write, []
 
-    The cache, in the model's dtype, then has what one of 8 bits would stand for.
-    """
-    write = CacheWriter.write
-
-    def write_rounded(
-        self: CacheWriter, key: Tensor, value: Tensor, *args: Tensor
-    ) -> None:
-        assert rounded is not None
-        key, value = (
-            quantise(x, scale, rounded).to(x.dtype) * scale
-            for x, scale in zip((key, value), scales, strict=True)
-        )
+    def record(self: CacheWriter, key: Tensor, value: Tensor, *args: Tensor) -> None:
+        writes.append((key.clone(), value.clone()))
         write(self, key, value, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        if rounded is not None:
-            patch.setattr(CacheWriter, "write", write_rounded)
-        with engine(model, SINKS, **options) as llm:
-            return read(llm)
+        patch.setattr(CacheWriter, "write", record)
+        return read(llm), writes
+
+
+def read_rounded(
+    llm: LLM,
+    writes: Writes,
+    dtype: torch.dtype,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> list[float]:
+    """Losses of `IDS` where a cache of float32 has what one of 8 bits stands for.
+
+    The keys and values are those of `writes`: of its own, which are summed in another
+    order, some would fall on the other side of a rounding.
+    """
+    write, left = CacheWriter.write, iter(writes)
+
+    def replay(self: CacheWriter, key: Tensor, value: Tensor, *args: Tensor) -> None:
+        rounded = [
+            quantise(x, scale, dtype).to(x.dtype) * scale
+            for x, scale in zip(next(left), scales, strict=True)
+        ]
+        assert rounded[0].shape == key.shape and rounded[1].shape == value.shape
+        write(self, *rounded, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write", replay)
+        losses = read(llm)
+    assert next(left, None) is None
+    return losses
 
 
 def add_scales(model: Path) -> None:
@@ -94,42 +105,40 @@ def add_scales(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="module")
-def rounded() -> list[float]:
-    """Losses of keys and values rounded as E4M3 holds them."""
-    return losses(GOLDEN, E4M3)
-
-
-def test_scales_of_a_checkpoint(rounded: list[float], tmp_path: Path) -> None:
+def test_scales_of_a_checkpoint(tmp_path: Path) -> None:
     """Factors of keys and values that a checkpoint brings are taken."""
     shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
     add_scales(tmp_path)
-    held = losses(tmp_path, kv_cache_dtype="fp8")
-    assert worst(held, losses(GOLDEN, E4M3, SCALES)) < TOLERANCE
-    assert worst(held, rounded) > 0.5
+    with engine(tmp_path, SINKS, kv_cache_dtype="fp8") as llm:
+        held, writes = read_and_record(llm)
+    with engine(GOLDEN, SINKS) as llm:
+        assert worst(held, read_rounded(llm, writes, E4M3, SCALES)) < TOLERANCE
+        assert worst(held, read_rounded(llm, writes, E4M3)) > 0.5
 
 
 def test_sliding_layers(tmp_path: Path) -> None:
     """Beside global ones, in E5M2."""
     make_model(MIXED, tmp_path)
-    held = losses(tmp_path, kv_cache_dtype="fp8_e5m2")
-    assert worst(held, losses(tmp_path, E5M2)) < TOLERANCE
+    with engine(tmp_path, SINKS, kv_cache_dtype="fp8_e5m2") as llm:
+        held, writes = read_and_record(llm)
+    with engine(tmp_path, SINKS) as llm:
+        assert worst(held, read_rounded(llm, writes, E5M2)) < TOLERANCE
+
+
+def test_losses_are_those_of_rounded_keys_and_values() -> None:
+    """Far past the window, and not those of keys and values as they were."""
+    plain = json.loads((GOLDEN / "golden.json").read_text())["res"]["4+60"]["nll"]
+    with engine(GOLDEN, SINKS, kv_cache_dtype="fp8") as llm:
+        held, writes = read_and_record(llm)
+    with engine(GOLDEN, SINKS) as llm:
+        assert worst(held, read_rounded(llm, writes, E4M3)) < TOLERANCE
+    assert worst(held, plain[: len(held)]) > 0.5
 
 
 @pytest.fixture(scope="module")
-def llm(rounded: list[float]) -> Iterator[LLM]:
+def llm() -> Iterator[LLM]:
     with engine(GOLDEN, SINKS, block_size=BLOCK_SIZE, kv_cache_dtype="fp8") as llm:
         yield llm
-
-
-def test_losses_are_those_of_rounded_keys_and_values(
-    rounded: list[float], llm: LLM
-) -> None:
-    """Far past the window, and not those of keys and values as they were."""
-    plain = json.loads((GOLDEN / "golden.json").read_text())["res"]["4+60"]["nll"]
-    held = read(llm)
-    assert worst(held, rounded) < TOLERANCE
-    assert worst(held, plain[: len(held)]) > 0.5
 
 
 def test_chunks_and_prefix_cache_hits(llm: LLM) -> None:
