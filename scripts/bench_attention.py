@@ -42,7 +42,6 @@ from sink_paged.huge_pages import clear_to_huge_pages
 from sink_paged.window import BlockWindow, SinkWindow
 
 SINK_TOKENS = 4
-BLOCK_SIZE = 128
 SHAPES = {
     "32q/8kv x128": (32, 8, 128),
     "8/8 x64": (8, 8, 64),
@@ -65,6 +64,7 @@ class Case:
     tokens: int
     resident: int
     dtype: str
+    block_size: int
     kv_cache_dtype: str = "auto"
     peer: str = "stock"
 
@@ -88,14 +88,15 @@ class Case:
         """
         head_size = SHAPES[self.shape][2]
         isa: str = _get_attn_isa(
-            self.query_dtype, BLOCK_SIZE, head_size, self.kv_cache_dtype
+            self.query_dtype, self.block_size, head_size, self.kv_cache_dtype
         )
         return isa
 
 
-def make_ours(case: Case, block_size: int, huge_pages: bool) -> Callable[[], None]:
+def make_ours(case: Case, huge_pages: bool) -> Callable[[], None]:
     """A call of this package's kernel on streams far past their window."""
     heads, kv_heads, head_size = SHAPES[case.shape]
+    block_size = case.block_size
     window = SinkWindow(SINK_TOKENS, case.resident - SINK_TOKENS - 1)
     policy = BlockWindow(window, block_size)
     columns = policy.max_blocks(case.tokens)
@@ -129,9 +130,11 @@ def make_stock(case: Case) -> Callable[[], None]:
     """A call of vLLM's kernel on sequences of the resident length."""
     heads, kv_heads, head_size = SHAPES[case.shape]
     seq_len = case.resident + case.tokens - 1
-    columns = -(-seq_len // BLOCK_SIZE)
+    columns = -(-seq_len // case.block_size)
     num_blocks = 1 + case.batch * columns
-    cache = torch.randn(1, kv_heads, 2 * BLOCK_SIZE, head_size).to(case.cache_dtype)
+    cache = torch.randn(1, kv_heads, 2 * case.block_size, head_size).to(
+        case.cache_dtype
+    )
     if case.kv_cache_dtype != "auto":
         cache = cache.view(torch.uint8)
     cache = cache.repeat(num_blocks, 1, 1, 1)
@@ -181,11 +184,11 @@ def make_stock(case: Case) -> Callable[[], None]:
     return call
 
 
-def measure_step(dtype: torch.dtype) -> tuple[float, float]:
+def measure_step(dtype: torch.dtype, block_size: int) -> tuple[float, float]:
     """What a step of 32 decodes costs (us) before its first layer, ours and stock."""
     starts = torch.arange(33, dtype=torch.int32)
     seq_lens = torch.full((32,), 2048, dtype=torch.int32)
-    table = torch.zeros(32, 17, dtype=torch.int32)
+    table = torch.zeros(32, 1 + 2048 // block_size, dtype=torch.int32)
     ours = _fastest(lambda: Step.of(starts, seq_lens, table), 1000)
     stock = _fastest(
         lambda: ops.cpu_attn_get_scheduler_metadata(
@@ -198,7 +201,7 @@ def measure_step(dtype: torch.dtype) -> tuple[float, float]:
             query_start_loc=starts,
             causal=True,
             sliding_window_size=-1,
-            isa=_get_attn_isa(dtype, BLOCK_SIZE, 128),
+            isa=_get_attn_isa(dtype, block_size, 128),
             enable_kv_split=True,
         ),
         1000,
@@ -209,11 +212,12 @@ def measure_step(dtype: torch.dtype) -> tuple[float, float]:
 def make_write(case: Case, by_stock: bool) -> Callable[[], None]:
     """A call of either kernel that writes new keys and values."""
     _, kv_heads, head_size = SHAPES[case.shape]
-    num_blocks = 1 + case.batch * -(-case.tokens // BLOCK_SIZE)
-    cache = torch.zeros(num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size)
+    block_size = case.block_size
+    num_blocks = 1 + case.batch * -(-case.tokens // block_size)
+    cache = torch.zeros(num_blocks, kv_heads, block_size, 2 * head_size)
     cache = cache.to(case.cache_dtype)
     blocks = torch.randperm(num_blocks - 1).view(case.batch, -1, 1) + 1
-    slots = blocks * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
+    slots = blocks * block_size + torch.arange(block_size)
     slots = slots.view(case.batch, -1)[:, : case.tokens].reshape(-1).contiguous()
     fused = torch.randn(len(slots), 2, kv_heads, head_size).to(case.query_dtype)
     key, value = fused.unbind(1)
@@ -222,7 +226,7 @@ def make_write(case: Case, by_stock: bool) -> Callable[[], None]:
         return lambda: writer.write(key, value, cache, slots)
     if case.kv_cache_dtype != "auto":
         cache = cache.view(torch.uint8)
-    halves = cache.view(num_blocks, kv_heads, 2 * BLOCK_SIZE, head_size)
+    halves = cache.view(num_blocks, kv_heads, 2 * block_size, head_size)
     key_cache, value_cache = halves.chunk(2, dim=2)
     isa = case.isa
     return lambda: ops.cpu_attn_reshape_and_cache(
@@ -237,24 +241,22 @@ def make_write(case: Case, by_stock: bool) -> Callable[[], None]:
 
 
 def make_calls(
-    case: Case, block_size: int, huge_pages: bool
+    case: Case, huge_pages: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """A call of our kernel, and one of its peer."""
     by_stock = case.peer == "stock"
     other = case if by_stock else replace(case, kv_cache_dtype="auto")
     if not case.resident:
         return make_write(case, False), make_write(other, by_stock)
-    ours = make_ours(case, block_size, huge_pages)
+    ours = make_ours(case, huge_pages)
     if by_stock:
         return ours, make_stock(other)
-    return ours, make_ours(other, block_size, huge_pages)
+    return ours, make_ours(other, huge_pages)
 
 
-def measure(
-    case: Case, block_size: int, seconds: float, huge_pages: bool = False
-) -> dict[str, float]:
+def measure(case: Case, seconds: float, huge_pages: bool = False) -> dict[str, float]:
     """Median times (us) of ours and its peer in turns, and their ratio's spread."""
-    ours, peer = make_calls(case, block_size, huge_pages)
+    ours, peer = make_calls(case, huge_pages)
     for call in (ours, peer, ours, peer):
         call()
     begin = time.perf_counter()
@@ -331,36 +333,36 @@ def floor_us(case: Case, rates: Rates) -> float:
     return max(nbytes / rates.bandwidth(nbytes), operations / rates.operations) * 1e6
 
 
-def peers(dtype: str, kv_cache_dtype: str, shape: str) -> list[str]:
+def peers(dtype: str, block_size: int, kv_cache_dtype: str, shape: str) -> list[str]:
     """Whom ours is compared with."""
     if kv_cache_dtype == "auto":
         return ["stock"]
     try:
-        _ = Case(shape, 1, 1, 1, dtype, kv_cache_dtype).isa
+        _ = Case(shape, 1, 1, 1, dtype, block_size, kv_cache_dtype).isa
     except NotImplementedError as reason:
         print(f"{dtype:9s}{shape}: no stock vLLM here: {reason}")
         return ["ours"]
     return ["ours", "stock"]
 
 
-def cases(dtype: str, shapes: list[str], quick: bool) -> list[Case]:
+def cases(dtype: str, block_size: int, shapes: list[str], quick: bool) -> list[Case]:
     """The sweep: decodes over batch and resident keys, prefills at 2048, writes."""
     residents = [2048] if quick else [512, 2048, 4096]
     batches = [1, 8] if quick else [1, 8, 32]
     return [
         *(
-            Case(shape, batch, 1, resident, dtype)
+            Case(shape, batch, 1, resident, dtype, block_size)
             for shape in shapes
             for batch in batches
             for resident in residents
         ),
         *(
-            Case(shape, 1, tokens, 2048, dtype)
+            Case(shape, 1, tokens, 2048, dtype, block_size)
             for shape in shapes
             for tokens in ([128] if quick else [128, 512])
         ),
         *(
-            Case(shape, batch, tokens, 0, dtype)
+            Case(shape, batch, tokens, 0, dtype, block_size)
             for shape in shapes
             for batch, tokens in ([(8, 1)] if quick else [(1, 1), (32, 1), (1, 512)])
         ),
@@ -402,7 +404,9 @@ def main() -> None:
         "--kv-cache-dtype", default="auto", choices=["auto", *FP8_DTYPES]
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
+    parser.add_argument(
+        "--block-size", type=int, default=128, help="of both caches (vLLM: 128)"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="per case")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
@@ -425,18 +429,19 @@ def main() -> None:
     )
     for dtype in options.dtype:
         rates = Rates(getattr(torch, dtype), options.huge_pages)
-        ours, stock = measure_step(getattr(torch, dtype))
+        ours, stock = measure_step(getattr(torch, dtype), options.block_size)
         print(f"{dtype:9s}a step of 32 decodes: ours {ours:.1f} us, stock {stock:.1f}")
-        cache_dtype = options.kv_cache_dtype
-        compared = {shape: peers(dtype, cache_dtype, shape) for shape in options.shapes}
+        cache_dtype, block_size = options.kv_cache_dtype, options.block_size
+        compared = {
+            shape: peers(dtype, block_size, cache_dtype, shape)
+            for shape in options.shapes
+        }
         for case in (
             replace(point, kv_cache_dtype=cache_dtype, peer=peer)
-            for point in cases(dtype, options.shapes, options.quick)
+            for point in cases(dtype, block_size, options.shapes, options.quick)
             for peer in compared[point.shape]
         ):
-            result = measure(
-                case, options.block_size, options.seconds, options.huge_pages
-            )
+            result = measure(case, options.seconds, options.huge_pages)
             floor = floor_us(case, rates)
             rows.append({**asdict(case), **result, "floor_us": floor})
             print(
