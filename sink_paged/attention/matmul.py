@@ -84,14 +84,17 @@ def _product(builder: Any, kind: int, rows: int, vectors: int, args: Any) -> Non
 
     Vector n asks early for what lies `ahead + n * ahead_stride` behind the tile.
     """
-    a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate, *ahead = args
+    a, lda, b, depth_stride, vector_stride, c, ldc, depth, accumulate, *rest = args
+    first_ahead, ahead_stride = rest
     step = 2 if kind in PAIRED else 1
     step_bytes = 64 if kind in (FLOAT32, BFLOAT16) else 32
     unrolled = max(1, CHAINS // (rows * vectors))
     rows_a = [_row_address(builder, a, lda, r) for r in range(rows)]
     rows_c = [_row_address(builder, c, ldc, r) for r in range(rows)]
     column = [builder.mul(vector_stride, ir.Constant(I64, n)) for n in range(vectors)]
-    ahead = [_row_address(builder, ahead[0], ahead[1], n) for n in range(vectors)]
+    ahead = [
+        _row_address(builder, first_ahead, ahead_stride, n) for n in range(vectors)
+    ]
     keep = builder.icmp_signed("!=", accumulate, ir.Constant(I64, 0))
     initial = [
         builder.select(
