@@ -112,6 +112,35 @@ def test_long_chunks(dtype: torch.dtype, cache_dtype: torch.dtype, chunk: int) -
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
+@pytest.mark.parametrize(
+    ("sinks", "recent", "block_size"),
+    [
+        (4, 2500, 16),
+        (40, 2500, 128),
+        (300, 1500, 48),
+        (1100, 1200, 32),
+        (4, 2100, 2048),
+    ],
+)
+def test_long_windows(
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    sinks: int,
+    recent: int,
+    block_size: int,
+) -> None:
+    """Windows, and sinks, of several softmax updates, of few query rows and of many."""
+    Batch(
+        [(1, 6000), (1, 2000), (3, 5000), (20, 4000)],
+        SinkWindow(sinks, recent),
+        block_size=block_size,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        rotary_dim=64,
+    ).check()
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("rotary_dim", [0, 16, 64])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(

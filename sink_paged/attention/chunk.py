@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a query tile to a range of keys, chunk by chunk; pages as in `cpu`.
+"""Attention of a query tile to sinks and a range of keys, chunk by chunk.
 
 As in FlashAttention: the logits of a chunk, their exponentials under a running maximum,
-the weighted sum of values.
+the weighted sum of values. A row of logits or weights is `[keys | sinks]`, each from a
+multiple of 16. A decode waits for memory, so what is read next is always asked for
+early, across the items of a thread too; pages are laid out as in `cpu`.
 """
 
 from numba import types

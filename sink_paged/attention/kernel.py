@@ -6,8 +6,8 @@ are its tokens times the query heads that share the kv head. Threads draw items 
 shared counter. Keys are split into parts only where there are fewer items than threads;
 the thread that finishes the last part of a tile merges them.
 
-A tile attends the sinks that have left the window, under the query's second rotation,
-then the window.
+A tile attends the window, and under the query's second rotation the sinks that have
+left it.
 """
 
 from numba import types
