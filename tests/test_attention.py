@@ -140,6 +140,19 @@ def test_long_windows(
     ).check()
 
 
+def test_matrix_tiles() -> None:
+    """The code for matrix tiles, with their products in software."""
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.matrix_tiles"],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    products, accumulations = map(int, printed.split())
+    assert products > 0 and accumulations > 0
+
+
 @pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("rotary_dim", [0, 16, 64])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
