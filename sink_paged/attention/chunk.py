@@ -17,13 +17,17 @@ from sink_paged.attention.arguments import (
 )
 from sink_paged.attention.matmul import FEW_ROWS, multiply
 from sink_paged.attention.online_softmax import update_softmax
-from sink_paged.attention.pages import add_value_tile, find_page, list_pages
+from sink_paged.attention.pages import (
+    add_value_tile,
+    find_page,
+    list_pages,
+    prefetch_values,
+)
 from sink_paged.attention.simd import (
     element_size,
     jit,
     load_i64,
     pair_size,
-    prefetch,
 )
 from sink_paged.attention.tiles import multiply_tiles
 
@@ -208,19 +212,6 @@ def _add_values(
 
 
 @jit
-def _prefetch_values(args: int, page: int, offset: int, count: int) -> None:
-    """Ask early for the values of `count` tokens of a page."""
-    head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    element = element_size(load_i64(args + CACHE_KIND))
-    strip = 16 * block_size * element
-    values = page + block_size * head_size * element + 16 * offset * element
-    for _ in range(head_size // 16):
-        for line in range(0, 16 * min(count, block_size - offset) * element, 64):
-            prefetch(values + line)
-        values += strip
-
-
-@jit
 def _attend_chunk(
     args: int,
     request: int,
@@ -266,7 +257,11 @@ def _attend_chunk(
             args, request, kv_head, sink_begin, sink_end, sink_pages
         )
         if keys > 0:
-            _prefetch_values(args, load_i64(sink_pages), sink_offset, sinks)
+            values = block_size * head_size + 16 * sink_offset
+            values = load_i64(sink_pages) + values * element
+            in_page = min(sinks, block_size - sink_offset)
+            strip = 16 * block_size * element
+            prefetch_values(values, strip, head_size // 16, 16 * in_page * element)
     if keys > 0:
         _multiply_keys(
             args,

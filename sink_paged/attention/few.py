@@ -19,8 +19,8 @@ from sink_paged.attention.arguments import (
 )
 from sink_paged.attention.online_softmax import update_softmax
 from sink_paged.attention.pages import (
-    find_column,
     find_page,
+    find_slot,
     gather_values,
     next_column,
     page_in_column,
@@ -59,8 +59,7 @@ def _list_segments(
     `TILES` counts whole tiles of 32 values, 0 in a segment of fewer.
     """
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
-    block = begin // block_size
-    offset, column = begin - block * block_size, find_column(args, block)
+    column, offset = find_slot(args, begin)
     key, segment = begin, segments
     while key < end:
         run = min(block_size - offset, end - key)
@@ -152,12 +151,12 @@ def _attend_span(
     first_values = load_i64(listed + VALUES) if whole > 0 else following
     tail_values = load_i64(last + VALUES) + 1024 * load_i64(last + TILES)
     if tail > 0:
-        prefetch_values(tail_values, strip, strips, tail)
+        prefetch_values(tail_values, strip, strips, 32 * tail)
     sink_page, after = first_values, first_values
     if sink_end > 0:
         sink_page = find_page(args, request, kv_head, types.int64(0))
         sink_values = sink_page + 2 * block_size * head_size
-        prefetch_values(sink_values, strip, strips, sink_end)
+        prefetch_values(sink_values, strip, strips, 32 * sink_end)
         after = sink_page
     _multiply_keys(args, query, listed, count, weights, after)
     if sink_end > 0:

@@ -51,7 +51,7 @@ from sink_paged.attention.few import (
     attend_few,
 )
 from sink_paged.attention.matmul import COPIED_VECTORS, FEW_ROWS
-from sink_paged.attention.pages import find_column, page_in_column
+from sink_paged.attention.pages import find_slot, page_in_column
 from sink_paged.attention.rows import (
     merge_parts,
     read_query,
@@ -259,9 +259,7 @@ def _find_following(
         return types.int64(0)
     last = types.int64(load_i32(load_i64(args + SEQ_LENS) + 4 * request)) - 1
     key = max(last - load_i64(args + RECENT), 0) & -32
-    block_size = load_i64(args + BLOCK_SIZE)
-    block = key // block_size
-    column, offset = find_column(args, block), key - block * block_size
+    column, offset = find_slot(args, key)
     page = page_in_column(args, request, kv_head, column)
     element = element_size(load_i64(args + CACHE_KIND))
     return page + offset * load_i64(args + HEAD_SIZE) * element

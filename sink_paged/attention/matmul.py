@@ -31,6 +31,7 @@ from sink_paged.attention.simd import (
     jit,
     load,
     offset_by,
+    pair_size,
     primitive,
     splat,
     store,
@@ -303,7 +304,7 @@ def multiply(
     """
     is_copied, pairs = kind >= E4M3 and rows > FEW_ROWS, (depth + 1) // 2
     tile_kind = FLOAT16 if is_copied else kind
-    depth_steps = pairs if kind == BFLOAT16 or kind >= E4M3 else depth
+    depth_steps = pairs if pair_size(kind) == 2 else depth
     early = types.int64(1)
     while early < vectors and early * depth_steps * depth_stride < AHEAD:
         early += 1

@@ -26,12 +26,15 @@ from sink_paged.attention.tiles import multiply_tiles
 
 
 @jit
-def find_column(args: int, block: int) -> int:
-    """Column of the block table that holds block `block` of a text."""
-    pinned = load_i64(args + PINNED)
+def find_slot(args: int, key: int) -> tuple[int, int]:
+    """Column of the block table that holds text position `key`, and offset there."""
+    block_size, pinned = load_i64(args + BLOCK_SIZE), load_i64(args + PINNED)
+    block = key // block_size
+    offset = key - block * block_size
     if block < pinned:
-        return block
-    return pinned + (block - pinned) % (load_i64(args + COLUMNS) - pinned)
+        return block, offset
+    ring = load_i64(args + COLUMNS) - pinned
+    return pinned + (block - pinned) % ring, offset
 
 
 @jit
@@ -56,7 +59,7 @@ def page_in_column(args: int, request: int, kv_head: int, column: int) -> int:
 @jit
 def find_page(args: int, request: int, kv_head: int, key: int) -> int:
     """Address of the page that holds text position `key`."""
-    column = find_column(args, key // load_i64(args + BLOCK_SIZE))
+    column, _ = find_slot(args, key)
     return page_in_column(args, request, kv_head, column)
 
 
@@ -69,8 +72,7 @@ def list_pages(
     Returns the offset of key `begin` in the first of them.
     """
     block_size = load_i64(args + BLOCK_SIZE)
-    block = begin // block_size
-    offset, column = begin - block * block_size, find_column(args, block)
+    column, offset = find_slot(args, begin)
     key = begin - offset
     while key < end:
         store_i64(pages, page_in_column(args, request, kv_head, column))
@@ -81,10 +83,10 @@ def list_pages(
 
 
 @jit
-def prefetch_values(values: int, strip: int, strips: int, count: int) -> None:
-    """Ask early for `count` bfloat16 values, from an even one, of every strip."""
+def prefetch_values(values: int, strip: int, strips: int, nbytes: int) -> None:
+    """Ask early for the first `nbytes` of every strip."""
     for n in range(strips):
-        for line in range(0, 32 * count, 64):
+        for line in range(0, nbytes, 64):
             prefetch(values + n * strip + line)
 
 
