@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -96,7 +97,7 @@ class BlockWindow:
     window: SinkWindow
     block_size: int
 
-    @property
+    @cached_property
     def pinned_blocks(self) -> int:
         """Blocks ``[0, pinned_blocks)`` of a stream are never freed."""
         return cdiv(self.window.sink_tokens, self.block_size)
