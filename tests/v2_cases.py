@@ -138,10 +138,10 @@ def cuda_backend() -> None:
 
 
 def eight_bit_cache() -> None:
-    """An fp8 cache by our CUDA backend: a float32 one of keys and values rounded so."""
+    """An fp8 cache by our CUDA backend: a float32 one of the numbers that it stored."""
     losses = eight_bit_losses(IDS[:100])
-    assert worst(losses["rounded"], losses["plain"]) > 0.02
-    assert worst(losses["rounded"], losses["fp8"]) < 1e-3
+    assert worst(losses["replayed"], losses["plain"]) > 0.02
+    assert worst(losses["replayed"], losses["fp8"]) < 1e-4
 
 
 def flash_attention_route() -> None:
