@@ -205,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--block-size",
         type=int,
-        help="default: vLLM's, 128 on a CPU, 16 on a GPU; 32 with --kv-windows",
+        help="default: vLLM's, 16 on a GPU, 128 on a CPU, there 32 with --kv-windows",
     )
     add(
         "--max-num-batched-tokens", type=int, help="default: four windows, at most 2048"

@@ -47,10 +47,10 @@ def text_tokens(args: argparse.Namespace, window: int) -> int:
 
 
 def block_size(kv_windows: float) -> int:
-    """Tokens of a KV block: vLLM's default, but few where the pool is small."""
-    if kv_windows:
-        return 32
-    return 16 if torch.cuda.is_available() else 128
+    """Tokens of a KV block: vLLM's default, on a CPU fewer where the pool is small."""
+    if torch.cuda.is_available():
+        return 16
+    return 32 if kv_windows else 128
 
 
 def batched_tokens(window: int, kv_windows: float, in_flight: int) -> int:
