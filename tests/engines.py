@@ -116,7 +116,8 @@ def prompt_losses(output: RequestOutput) -> list[float]:
 def eight_bit_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
     """Losses of a prompt by our CUDA backend, with three caches.
 
-    On a GPU what the 8-bit cache stores is checked against torch's rounding.
+    What the 8-bit cache stores is checked against torch's rounding; Triton's
+    interpreter, which loses a carry into the exponent, may store half of it.
 
     Returns:
         By cache: ``fp8``, of 8 bits; ``replayed``, in the model's dtype, holding the
@@ -139,10 +140,13 @@ def eight_bit_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
         for x, part, scale in zip(
             (key, value), numbers.chunk(2, dim=-1), scales, strict=True
         ):
-            if x.is_cuda:  # Triton's interpreter loses a carry into the exponent
-                rounded = (x[: len(slots)] / scale).to(torch.float8_e4m3fn)
-                codes = [y.view(torch.uint8)[is_written] for y in (part, rounded)]
-                assert torch.equal(*codes)
+            rounded = (x[: len(slots)] / scale).to(torch.float8_e4m3fn)
+            torch.testing.assert_close(
+                part.float()[is_written],
+                rounded.float()[is_written],
+                rtol=0.0 if x.is_cuda else 0.5,
+                atol=0.0 if x.is_cuda else 2.0**-9,  # the smallest number
+            )
             stored[-1].append(part.to(x.dtype) * scale)
 
     def replay(self: Any, layer: Any, key: Any, value: Any, *args: Any) -> None:

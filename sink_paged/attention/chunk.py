@@ -20,6 +20,7 @@ from sink_paged.attention.online_softmax import update_softmax
 from sink_paged.attention.pages import (
     add_value_tile,
     find_page,
+    find_values,
     list_pages,
     prefetch_values,
 )
@@ -129,14 +130,14 @@ def _add_values(
     head_size, block_size = load_i64(args + HEAD_SIZE), load_i64(args + BLOCK_SIZE)
     kind = load_i64(args + CACHE_KIND)
     element, pair = element_size(kind), pair_size(kind)
-    strip, behind_keys = 16 * block_size * element, block_size * head_size * element
-    values = load_i64(pages) + behind_keys + 16 * offset * element
+    strip = 16 * block_size * element
+    values = find_values(args, load_i64(pages), offset)
     while count > 0:
         run = min(block_size - offset, count)
         count, offset, pages = count - run, types.int64(0), pages + 8
         following, stride = after, 16 * run * element
         if count > 0:
-            following, stride = load_i64(pages) + behind_keys, strip
+            following, stride = find_values(args, load_i64(pages), offset), strip
         if tiles:
             done = types.int64(0)
             # Zero times a NaN is a NaN: tokens that no row attends are not multiplied.
@@ -248,8 +249,7 @@ def _attend_chunk(
     offset, sink_offset = types.int64(0), types.int64(0)
     if keys > 0:
         offset = list_pages(args, request, kv_head, begin, end, pages)
-        first_values = block_size * head_size + 16 * offset
-        first_values = load_i64(pages) + first_values * element
+        first_values = find_values(args, load_i64(pages), offset)
     else:
         first_values = following
     if sinks > 0:
@@ -257,8 +257,7 @@ def _attend_chunk(
             args, request, kv_head, sink_begin, sink_end, sink_pages
         )
         if keys > 0:
-            values = block_size * head_size + 16 * sink_offset
-            values = load_i64(sink_pages) + values * element
+            values = find_values(args, load_i64(sink_pages), sink_offset)
             in_page = min(sinks, block_size - sink_offset)
             strip = 16 * block_size * element
             prefetch_values(values, strip, head_size // 16, 16 * in_page * element)

@@ -21,6 +21,7 @@ from sink_paged.attention.online_softmax import update_softmax
 from sink_paged.attention.pages import (
     find_page,
     find_slot,
+    find_values,
     gather_values,
     next_column,
     page_in_column,
@@ -64,7 +65,7 @@ def _list_segments(
     while key < end:
         run = min(block_size - offset, end - key)
         page = page_in_column(args, request, kv_head, column)
-        values = page + 2 * block_size * head_size + 32 * offset
+        values = find_values(args, page, offset)
         store_i64(segment + VALUES, values)
         store_i64(segment + STRIP, 32 * block_size)
         store_i64(segment + TILES, run // 32)
@@ -155,7 +156,7 @@ def _attend_span(
     sink_page, after = first_values, first_values
     if sink_end > 0:
         sink_page = find_page(args, request, kv_head, types.int64(0))
-        sink_values = sink_page + 2 * block_size * head_size
+        sink_values = find_values(args, sink_page, types.int64(0))
         prefetch_values(sink_values, strip, strips, 32 * sink_end)
         after = sink_page
     _multiply_keys(args, query, listed, count, weights, after)

@@ -8,13 +8,16 @@ from sink_paged.attention.arguments import (
     CACHE,
     CACHE_BLOCK,
     CACHE_HEAD,
+    CACHE_KIND,
     COLUMNS,
+    HEAD_SIZE,
     PINNED,
     TABLE,
     TABLE_ROW,
 )
 from sink_paged.attention.simd import (
     copy_masked,
+    element_size,
     jit,
     load_i32,
     load_i64,
@@ -61,6 +64,14 @@ def find_page(args: int, request: int, kv_head: int, key: int) -> int:
     """Address of the page that holds text position `key`."""
     column, _ = find_slot(args, key)
     return page_in_column(args, request, kv_head, column)
+
+
+@jit
+def find_values(args: int, page: int, offset: int) -> int:
+    """Address in a page of the values from token `offset` on, in the first strip."""
+    block_size, head_size = load_i64(args + BLOCK_SIZE), load_i64(args + HEAD_SIZE)
+    element = element_size(load_i64(args + CACHE_KIND))
+    return page + (block_size * head_size + 16 * offset) * element
 
 
 @jit
