@@ -11,7 +11,9 @@ everything from the scheduler to the sampled tokens, the front end's share inclu
 
 Printed and written to ``--output-dir`` (``overhead.json``, ``overhead.png``): median
 step times, their ratio (ours over stock, below 1 is faster), and the quartiles of the
-ratios of neighbouring blocks. Example::
+ratios of neighbouring blocks. ``--profile-steps`` adds, for each cell and engine, where
+a step's time goes (``profile-*.txt``): Python functions by ``cProfile``, then operators
+and a GPU's kernels by ``torch.profiler``. Example::
 
     python scripts/bench_overhead.py --streams 1 8 32 --window 1024
 """
@@ -19,8 +21,11 @@ ratios of neighbouring blocks. Example::
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
 import os
+import pstats
 import statistics
 import tempfile
 import time
@@ -41,6 +46,7 @@ SETTLING_STEPS = 8
 BATCHED_TOKENS = 2048
 UNTIMED_STEPS = 4
 """First steps of a block: they find the caches full of the other engine's data."""
+PROFILE_ROWS = 40
 Row = dict[str, Any]
 
 
@@ -78,12 +84,17 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
         for side, streams in cells:
             bar.set_description(f"{side}, {streams} streams")
             settling = settling_steps(streams, args.window)
-            lengths = text_lengths(side, args.window, steps, settling)
-            most = steps + 2 * settling
+            profiled = 2 * args.profile_steps
+            lengths = text_lengths(side, args.window, steps, settling + profiled)
+            most = steps + 2 * settling + profiled
             for name, connection in connections.items():
                 command("begin", connection, streams, lengths[name], most)
             times = in_turns(connections, args.blocks, args.steps, bar.update)
-            for connection in connections.values():
+            for name, connection in connections.items():
+                if args.profile_steps:
+                    text = command("profile", connection, args.profile_steps)
+                    path = args.output_dir / f"profile-{name}-{side}-{streams}.txt"
+                    path.write_text(text)
                 command("end", connection)
             compared = compare(times["ours"], times["stock"])
             rows.append({"side": side, "streams": streams} | compared)
@@ -157,7 +168,8 @@ def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str,
 def longest_text(args: argparse.Namespace) -> int:
     """Tokens that a text of the stock engine may have."""
     settling = settling_steps(max(args.streams), args.window)
-    return int(args.window + block_steps(args) + 2 * settling)
+    profiled = 2 * args.profile_steps
+    return int(args.window + block_steps(args) + 2 * settling + profiled)
 
 
 def block_steps(args: argparse.Namespace) -> int:
@@ -185,7 +197,7 @@ def serve(
             verb, *arguments = connection.recv()
         except EOFError:
             return
-        answer: list[float] = []
+        answer: list[float] | str = []
         if verb == "begin":
             streams, prompt_tokens, max_tokens = arguments
             for stream in range(streams):
@@ -203,12 +215,39 @@ def serve(
                 if step >= UNTIMED_STEPS:
                     answer.append(time.perf_counter() - begun)
                 assert len(deltas) == streams, "all streams write in a timed step"
+        elif verb == "profile":
+            answer = profiles(requests, arguments[0])
         else:
             names = list(requests.engine.output_processor.request_states)
             requests.engine.abort_request(names, internal=True)
             while requests.busy:
                 list(requests.step())
         connection.send(answer)
+
+
+def profiles(requests: Any, steps: int) -> str:
+    """Where the time of ``steps`` steps goes, once by each profiler, as tables."""
+    import torch
+
+    functions = cProfile.Profile()
+    with functions:
+        for _ in range(steps):
+            list(requests.step())
+    with torch.profiler.profile() as operators:  # of all devices
+        for _ in range(steps):
+            list(requests.step())
+    written = io.StringIO(f"{steps} steps\n")
+    written.seek(0, io.SEEK_END)
+    table = pstats.Stats(functions, stream=written)
+    for order in ("tottime", "cumulative"):
+        table.sort_stats(order).print_stats(PROFILE_ROWS)
+    averages = operators.key_averages()
+    orders = ["self_cpu_time_total"]
+    if torch.cuda.is_available():
+        orders.append("self_cuda_time_total")
+    for order in orders:
+        written.write(averages.table(sort_by=order, row_limit=PROFILE_ROWS))
+    return written.getvalue()
 
 
 def start(name: str, model: str, args: argparse.Namespace) -> Any:
@@ -308,10 +347,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=16, help="steps of a block")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--eager", action="store_true", help="without torch.compile")
+    add("--profile-steps", type=int, default=0, help="steps of each profile")
     add("--kv-gib", type=float, default=3.0, help="KV cache of each engine, GiB")
     add("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
     texts = block_steps(args) + settling_steps(max(args.streams), args.window)
+    texts += 2 * args.profile_steps
     if args.window < texts + 64:
         parser.error(f"--window must be at least {texts + 64} for so many steps")
     if args.blocks < 2:

@@ -102,20 +102,19 @@ def check_speculation(method: str) -> str:
     golden = json.loads((GOLDEN / "golden.json").read_text())
     ids, reference = golden["ids"], golden["res"]["greedy_4+60"]
     tie = first_near_tie(reference["top2_gap"])
-    drafter = {
-        "draft_model": {"model": str(GOLDEN)},
-        "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
-    }
+    drafter: dict[str, Any] = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    if method == "draft_model":
+        drafter = {"model": str(GOLDEN)}
     config = {"method": method, "num_speculative_tokens": 3}
     options = {"max_num_batched_tokens": 128, "disable_log_stats": False}
     loop = [256, *([5, 9, 17, 3] * 30)]
     # Texts of few tokens repeat themselves; a draft model does not know of the few.
-    few = list(range(12)) if method == "ngram" else None
+    few = None if method == "draft_model" else list(range(12))
     few_tokens = greedy(200, allowed_token_ids=few)
     with gpu_engine((4, 60), **options) as llm:
         alone = generate(llm, [loop], few_tokens)[0].outputs[0].token_ids
     with gpu_engine(
-        (4, 60), speculative_config=config | drafter[method], **options
+        (4, 60), speculative_config=config | drafter, **options
     ) as llm:
         prompts = [ids[: reference["prompt_len"]], ids[:300], loop]
         outputs = generate(llm, prompts, [greedy(400), greedy(400), few_tokens])
@@ -132,10 +131,10 @@ def check_speculation(method: str) -> str:
     looped = list(outputs[2].outputs[0].token_ids)
     same = next((i for i in range(200) if looped[i] != alone[i]), 200)
     assert same > 20, f"the third text differs from {same} on"
-    if method == "ngram":
-        assert 0 < right < drafted
-    else:
+    if method == "draft_model":
         assert right > 0.9 * drafted, f"{right} of {drafted} drafts: another context"
+    else:
+        assert 0 < right < drafted
     runner = f"runner V{1 + v2}, {scheduled_by}"
     return (
         f"{runner}: {right} of {drafted} drafts held, tokens equal up to the tie at "
@@ -252,7 +251,7 @@ for _version in ("1", "0"):
         {"VLLM_USE_V2_MODEL_RUNNER": _version},
     )
 CHECKS["FlashAttention, full graphs"] = (lambda: check_flash("full graphs"), {})
-for _method in ("draft_model", "ngram"):
+for _method in ("draft_model", "ngram", "ngram_gpu"):
     CHECKS[f"speculation, {_method}"] = (
         lambda method=_method: check_speculation(method),  # type: ignore[misc]
         {},
