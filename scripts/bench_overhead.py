@@ -282,6 +282,10 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
         **options,
     )
     engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+    if current_platform.is_cuda():
+        # Such steps are the host's: both engines' on the same core, as its neighbours
+        # leave some cores half as fast as others. Other threads go where they like.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     return Requests(engine)
 
 

@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 
 from sink_paged.window import BlockWindow
 
-TOKENS = 1024
-"""Tokens of a request that a program maps at a time."""
+TOKENS = 256
+"""Tokens of a request that a program maps at a time; most have one."""
 
 
 class RingBlockTables(BlockTables):
