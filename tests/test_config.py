@@ -16,6 +16,7 @@ from transformers import (
 )
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -27,6 +28,8 @@ from sink_paged.window import SinkWindow
 from tests.engines import GOLDEN, engine
 
 TRAINED = 256
+
+load_general_plugins()  # registers a backend, once, which tests replace
 
 
 def make_config(settings: Any, **options: Any) -> VllmConfig:
