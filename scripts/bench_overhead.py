@@ -295,16 +295,18 @@ def compare(ours: list[list[float]], stock: list[list[float]]) -> Row:
         statistics.median([t for block in blocks for t in block])
         for blocks in (ours, stock)
     )
-    ratios = [
-        statistics.median(a) / statistics.median(b)
-        for a, b in zip(ours, stock, strict=True)
-    ]
+    ours_blocks, stock_blocks = (
+        [1e3 * statistics.median(block) for block in blocks] for blocks in (ours, stock)
+    )
+    ratios = [a / b for a, b in zip(ours_blocks, stock_blocks, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
         "ours_ms": 1e3 * ours_median,
         "stock_ms": 1e3 * stock_median,
         "ratio": ours_median / stock_median,
         "ratio_quartiles": [low, high],
+        "ours_block_ms": ours_blocks,
+        "stock_block_ms": stock_blocks,
         "block_ratios": ratios,
     }
 

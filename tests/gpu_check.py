@@ -113,9 +113,7 @@ def check_speculation(method: str) -> str:
     few_tokens = greedy(200, allowed_token_ids=few)
     with gpu_engine((4, 60), **options) as llm:
         alone = generate(llm, [loop], few_tokens)[0].outputs[0].token_ids
-    with gpu_engine(
-        (4, 60), speculative_config=config | drafter, **options
-    ) as llm:
+    with gpu_engine((4, 60), speculative_config=config | drafter, **options) as llm:
         prompts = [ids[: reference["prompt_len"]], ids[:300], loop]
         outputs = generate(llm, prompts, [greedy(400), greedy(400), few_tokens])
         counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
