@@ -13,7 +13,7 @@ from vllm import LLM
 from vllm.v1.metrics.reader import get_metrics_snapshot
 
 from sink_paged.window import SinkWindow
-from tests.engines import GOLDEN, engine, generate, greedy
+from tests.engines import GOLDEN, engine, forget, generate, greedy
 
 WINDOW = SinkWindow(4, 60)
 BLOCK = 32
@@ -43,6 +43,7 @@ IDLE = {"blocks_pinned": 0, "streams_past_window": 0, "resident_tokens": 0}
 
 def test_every_step_of_a_stream(llm: LLM) -> None:
     """In each step the text's last token is read, the ones before have been."""
+    forget(llm)
     params = greedy(150)
     llm.llm_engine.add_request("0", {"prompt_token_ids": PROMPT}, params)
     first = metrics()

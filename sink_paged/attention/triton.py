@@ -263,7 +263,7 @@ def sink_attention(
         logit_scale,
         cap,
         num_requests,
-        splits,
+        splits.bit_length() - 1,
         num_columns,
         window.window_tokens,
         rows=rows,

@@ -28,7 +28,7 @@ from sink_paged.attention.triton_tile import (
 )
 
 
-@triton.jit(do_not_specialize=["num_requests", "splits"])
+@triton.jit(do_not_specialize=["num_requests", "split_bits"])
 def attend(
     query,
     kv_cache,
@@ -46,7 +46,7 @@ def attend(
     logit_scale,
     soft_cap,
     num_requests,
-    splits,
+    split_bits,
     num_columns,
     window_tokens,
     query_token,
@@ -76,9 +76,9 @@ def attend(
     """Attention of one tile, KV head and part of the keys; see `triton.sink_attention`.
 
     Grid: tiles, KV heads, parts. With `one_tile` a request has one tile, its number. If
-    the keys are split, a part takes a share of the window's key tiles, or, the last one
-    where there are sinks, these alone: no program waits for one after the other. Parts
-    leave their results for `triton_merge.merge`.
+    the keys are split, each of `2 ** split_bits` parts takes a share of the window's
+    key tiles, and one more, where there are sinks, these alone: no program waits for
+    one after the other. Parts leave their results for `triton_merge.merge`.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -90,8 +90,11 @@ def attend(
         first_row = rows * (tile - first_tile(query_start_loc, request, group, rows))
     start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - start
+    seq_len = tl.load(seq_lens + request)
+    context = seq_len - query_len
     num_rows = query_len * group
-    if first_row >= num_rows:
+    # The second says nothing new: it has one wait for all three loads, not two.
+    if first_row >= num_rows or seq_len <= 0:
         return
 
     stored, token, head, batch_row, query_rows = tile_rows(
@@ -107,13 +110,15 @@ def attend(
     )
     q = load_rows(query_rows, stored, head_size, padded, False)
 
-    context = tl.load(seq_lens + request) - query_len
     first = context + first_row // group
     last = context + (tl.minimum(first_row + rows, num_rows) - 1) // group
     table = block_table + request.to(tl.int64) * table_row
     cache = kv_cache + kv_head.to(tl.int64) * cache_head
     if k_scale is not None:
         logit_scale *= tl.load(k_scale)
+    value_scale = 1.0
+    if v_scale is not None:
+        value_scale = tl.load(v_scale)
     slopes = None
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + head).to(tl.float32) * LOG2_E
@@ -128,7 +133,7 @@ def attend(
 
     if sink_tokens > 0:
         num_sinks = tl.minimum(sink_tokens, last - window_tokens)
-        if (split == splits or not is_split) and num_sinks > 0:
+        if (split == 1 << split_bits or not is_split) and num_sinks > 0:
             acc, norm, peak = attend_sinks(
                 acc,
                 norm,
@@ -173,8 +178,8 @@ def attend(
     position = context - origin + token
     num_tiles = tl.cdiv(end, keys)
     # Key tiles [begin, clear_begin) and [clear_end, end) of this program need masks.
-    tile_begin = split * num_tiles // splits
-    tile_end = tl.minimum((split + 1) * num_tiles // splits, num_tiles)
+    tile_begin = split * num_tiles >> split_bits
+    tile_end = tl.minimum((split + 1) * num_tiles >> split_bits, num_tiles)
     clear_begin = tl.cdiv(tl.maximum(last - window_tokens - origin, 0), keys)
     clear_end = (first + 1 - origin) // keys
     if rows <= 32:  # masks are cheap, a break in the stream of keys is not
@@ -240,7 +245,7 @@ def attend(
 
     acc /= norm[:, None]
     if v_scale is not None:
-        acc *= tl.load(v_scale)
+        acc *= value_scale
     dim = tl.arange(0, padded)
     stored_dims = stored[:, None] & (dim < head_size)[None, :]
     if not is_split:

@@ -129,6 +129,10 @@ def ring_slots_kernel(  # type: ignore[no-untyped-def]
     group = tl.program_id(0)
     request = tl.program_id(1)
     slots += group * slots_stride
+    columns = tl.load(table_columns + group)
+    block_size = tl.load(block_sizes + group)
+    pinned = tl.load(pinned_columns + group)
+    table = tl.cast(tl.load(table_ptrs + group), tl.pointer_type(tl.int32))
     start = tl.load(query_start_loc + request)
     end = max_num_tokens
     row = tl.full((), -1, tl.int64)
@@ -140,10 +144,6 @@ def ring_slots_kernel(  # type: ignore[no-untyped-def]
             token = first + tl.arange(0, TOKENS)
             tl.store(slots + token, PAD, mask=token < end)
         return
-    columns = tl.load(table_columns + group)
-    block_size = tl.load(block_sizes + group)
-    pinned = tl.load(pinned_columns + group)
-    table = tl.cast(tl.load(table_ptrs + group), tl.pointer_type(tl.int32))
     table += row * columns
     for first in range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
