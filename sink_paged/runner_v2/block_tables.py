@@ -129,10 +129,6 @@ def ring_slots_kernel(  # type: ignore[no-untyped-def]
     group = tl.program_id(0)
     request = tl.program_id(1)
     slots += group * slots_stride
-    columns = tl.load(table_columns + group)
-    block_size = tl.load(block_sizes + group)
-    pinned = tl.load(pinned_columns + group)
-    table = tl.cast(tl.load(table_ptrs + group), tl.pointer_type(tl.int32))
     start = tl.load(query_start_loc + request)
     end = max_num_tokens
     row = tl.full((), -1, tl.int64)
@@ -144,14 +140,22 @@ def ring_slots_kernel(  # type: ignore[no-untyped-def]
             token = first + tl.arange(0, TOKENS)
             tl.store(slots + token, PAD, mask=token < end)
         return
+    columns = tl.load(table_columns + group)
+    block_size = tl.load(block_sizes + group)
+    pinned = tl.load(pinned_columns + group)
+    table = tl.cast(tl.load(table_ptrs + group), tl.pointer_type(tl.int32))
     table += row * columns
+    ring = columns.to(tl.int32) - pinned
     for first in range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         mask = token < end
-        position = tl.load(positions + token, mask=mask, other=0)
+        # A text ends before 2^31, and a GPU has no instruction for 64-bit quotients.
+        position = tl.load(positions + token, mask=mask, other=0).to(tl.int32)
         block = position // block_size
-        column = tl.where(
-            block < pinned, block, pinned + (block - pinned) % (columns - pinned)
-        )
+        column = tl.where(block < pinned, block, pinned + (block - pinned) % ring)
         page = tl.load(table + column, mask=mask, other=0).to(tl.int64)
-        tl.store(slots + token, page * block_size + position % block_size, mask=mask)
+        tl.store(
+            slots + token,
+            page * block_size + (position - block * block_size),
+            mask=mask,
+        )
