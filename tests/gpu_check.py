@@ -3,10 +3,10 @@
 
 The kernels against their oracles; the 2023 code's losses and greedy tokens on both of
 vLLM's model runners, eager, compiled and in CUDA graphs; the same tokens with drafts;
-an 8-bit cache; then the time of the attention kernel beside vLLM's own. Each part runs
-in a process of its own and prints a line; ``--jobs`` runs several beside each other,
-but what measures time or memory after the others, alone. ``--only`` takes some of them,
-as ``--list`` names them.
+layers that keep different tokens; an 8-bit cache; then the time of the attention kernel
+beside vLLM's own. Each part runs in a process of its own and prints a line; ``--jobs``
+runs several beside each other, but what measures time or memory after the others,
+alone. ``--only`` takes some of them, as ``--list`` names them.
 Without a CUDA device all are skipped.
 """
 
@@ -180,6 +180,14 @@ def check_fp8() -> str:
     return f"losses within {error:.1e}, which the rounding changes by {effect:.1e}"
 
 
+def check_several_groups() -> str:
+    """Global and sliding layers, whose caches keep different tokens, in graphs."""
+    from tests.stream_checks import check_groups
+
+    error = check_groups(enforce_eager=False, gpu_memory_utilization=0.05)
+    return f"losses within {error:.1e}"
+
+
 def check_flash(mode: str) -> str:
     """Prompts through FlashAttention in an engine: the losses of the other route.
 
@@ -258,6 +266,7 @@ CHECKS["speculation, draft_model, V1"] = (
     lambda: check_speculation("draft_model"),
     {"VLLM_USE_V2_MODEL_RUNNER": "0"},
 )
+CHECKS["several groups"] = (check_several_groups, {})
 CHECKS["8-bit cache"] = (check_fp8, {})
 CHECKS["two GPUs"] = (
     lambda: check_engine("default", tensor_parallel=2),

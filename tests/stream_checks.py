@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,14 @@ from tests.engines import (
     engine,
     generate,
     greedy,
+    kv_cache_manager,
     pool_is_empty,
     prompt_losses,
     worst,
 )
+from tests.families import MIXED, make_model, text
 from tests.oracle import greedy_deficit, stream_losses
+from tests.oracle_hf import StreamingModel
 
 SINKS = (4, 60)
 TRAINED = 256
@@ -42,6 +46,43 @@ class Checked(NamedTuple):
 
     short: list[float]
     error: float
+
+
+def check_groups(
+    num_tokens: int = 300, num_written: int = 100, **options: Any
+) -> float:
+    """A model of three KV-cache groups, whose layers keep different tokens.
+
+    Args:
+        num_tokens: of the text.
+        num_written: greedy tokens behind the text's first 50.
+        options: of the engine.
+
+    Returns:
+        The largest difference of a loss from the oracle.
+    """
+    ids = text(num_tokens)
+    with TemporaryDirectory() as name:
+        model = make_model(MIXED, Path(name))
+        options = {"block_size": 16, "max_num_batched_tokens": 96, **options}
+        with engine(Path(name), SINKS, **options) as llm:
+            groups = kv_cache_manager(llm).kv_cache_config.kv_cache_groups
+            assert len(groups) == 3
+            read, beside, written = generate(
+                llm,
+                [ids, ids[:41], ids[:50]],
+                [*[greedy(1, prompt_logprobs=0)] * 2, greedy(num_written)],
+            )
+            assert pool_is_empty(llm)
+    losses = stream_losses(StreamingModel(model, *SINKS), ids)
+    error = worst(
+        prompt_losses(read) + prompt_losses(beside), losses + losses[: 41 - 1]
+    )
+    assert error < LOSS_TOLERANCE
+    tokens = list(written.outputs[0].token_ids)
+    assert len(tokens) == num_written
+    assert greedy_deficit(StreamingModel(model, *SINKS), ids[:50], tokens) < NEAR_TIE
+    return error
 
 
 def check_stream(

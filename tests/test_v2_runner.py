@@ -31,6 +31,8 @@ def drafting(method: str, *arguments: str) -> Any:
         ["flash_attention_route", "--cuda-backend"],
         ["sampling"],
         ["bad_words"],
+        ["several_groups"],
+        ["several_groups_cuda", "--cuda-backend"],
         ["preemption"],
         drafting("draft_model", "speculation", "speculation_seeds"),
         drafting("draft_model", "speculation_cuda", "--cuda-backend"),

@@ -91,6 +91,7 @@ from tests.engines import (  # noqa: E402
     prompt_losses,
     worst,
 )
+from tests.stream_checks import check_groups  # noqa: E402
 from tests.v2_speculation import CASES as SPECULATION  # noqa: E402
 from tests.v2_speculation import (  # noqa: E402
     GOLD,
@@ -225,6 +226,16 @@ def bad_words() -> None:
     assert other[late + 1] != text[late + 1]
 
 
+def several_groups() -> None:
+    """Layers that keep different tokens: three KV-cache groups, each with its table."""
+    check_groups()
+
+
+def several_groups_cuda() -> None:
+    """The same by our CUDA backend, shorter."""
+    check_groups(num_tokens=120, num_written=40)
+
+
 def preemption() -> None:
     """A pool too small for all: preempted and resumed, each text is as it is alone."""
     with engine(GOLDEN, WINDOW, block_size=16, **PROCESSED) as llm:
@@ -255,6 +266,8 @@ CASES: dict[str, Callable[[], None]] = {
         flash_attention_route,
         sampling,
         bad_words,
+        several_groups,
+        several_groups_cuda,
         preemption,
         *SPECULATION,
     )
