@@ -80,11 +80,13 @@ from sink_paged.runner_v2 import requests  # noqa: E402
 from tests.attention_batches import window_attention  # noqa: E402
 from tests.engines import (  # noqa: E402
     GOLDEN,
+    continuations,
     core,
     eight_bit_losses,
     engine,
     first_near_tie,
     flash_losses,
+    forget,
     generate,
     greedy,
     pool_is_empty,
@@ -226,6 +228,21 @@ def bad_words() -> None:
     assert other[late + 1] != text[late + 1]
 
 
+def prefix_cache_hits() -> None:
+    """After eviction: the same tokens as with a cold cache."""
+    ids = IDS[:200]
+    with engine(GOLDEN, WINDOW, block_size=16, max_num_batched_tokens=64) as llm:
+        cold, hit = (generate(llm, [ids], greedy(80))[0] for _ in range(2))
+        assert hit.num_cached_tokens == (len(ids) - 1) // 16 * 16
+        answer = list(cold.outputs[0].token_ids)
+        assert list(hit.outputs[0].token_ids) == answer
+        turn = [*ids, *answer, 65, 66]
+        warm = generate(llm, [turn], greedy(40))[0]
+        assert warm.num_cached_tokens > len(ids) + 60
+        forget(llm)
+        assert continuations(llm, [turn], 40)[0] == list(warm.outputs[0].token_ids)
+
+
 def several_groups() -> None:
     """Layers that keep different tokens: three KV-cache groups, each with its table."""
     check_groups()
@@ -266,6 +283,7 @@ CASES: dict[str, Callable[[], None]] = {
         flash_attention_route,
         sampling,
         bad_words,
+        prefix_cache_hits,
         several_groups,
         several_groups_cuda,
         preemption,
