@@ -93,7 +93,7 @@ class CacheWriter:
         """As `cpu.write_kv`."""
         if kv_cache is not self._cache or key.dtype is not self._dtype:
             self._bind(kv_cache, key.dtype)
-        num_tokens = min(len(key), len(slot_mapping))
+        num_tokens = min(key.shape[0], slot_mapping.shape[0])
         is_small = num_tokens * self._token_size < THREADED_STORE
         key_token, key_head, _ = key.stride()
         value_token, value_head, _ = value.stride()
