@@ -31,7 +31,7 @@ def drafting(method: str, *arguments: str) -> Any:
         ["flash_attention_route", "--cuda-backend"],
         ["sampling"],
         ["bad_words"],
-        ["prefix_cache_hits"],
+        ["slots_of_far_positions", "prefix_cache_hits"],
         ["several_groups"],
         ["several_groups_cuda", "--cuda-backend"],
         ["preemption"],

@@ -75,7 +75,11 @@ if "--cuda-backend" in sys.argv:
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     platforms.current_platform.has_device_capability = lambda *_, **__: True
 
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID  # noqa: E402
+
 from sink_paged.attention import flash  # noqa: E402
+from sink_paged.config import MAX_STREAM_TOKENS  # noqa: E402
+from sink_paged.kv_cache import group_spec  # noqa: E402
 from sink_paged.runner_v2 import requests  # noqa: E402
 from tests.attention_batches import window_attention  # noqa: E402
 from tests.engines import (  # noqa: E402
@@ -89,6 +93,7 @@ from tests.engines import (  # noqa: E402
     forget,
     generate,
     greedy,
+    kv_cache_manager,
     pool_is_empty,
     prompt_losses,
     worst,
@@ -228,6 +233,33 @@ def bad_words() -> None:
     assert other[late + 1] != text[late + 1]
 
 
+def slots_of_far_positions() -> None:
+    """Where tokens at the end of int32, and at the start, are written."""
+    with engine(GOLDEN, WINDOW, block_size=16) as llm:
+        tables = runner_of(llm).block_tables
+        policy = group_spec(kv_cache_manager(llm).kv_cache_config.kv_cache_groups[0])
+        table = tables.block_tables[0].gpu
+        columns = table.shape[1]
+        table[:2] = torch.randperm(2 * columns).view(2, columns).int()
+        far = [MAX_STREAM_TOKENS - 1 - i for i in range(300)][::-1]
+        texts = {1: range(40), 0: far, -1: range(5)}  # by row; the last is padding
+        sizes = [len(text) for text in texts.values()]
+        slots = tables.compute_slot_mappings(
+            torch.tensor(list(texts), dtype=torch.int32),
+            torch.tensor([0, *sizes]).cumsum(0).int(),
+            torch.tensor([i for text in texts.values() for i in text]),
+            sum(sizes) + 3,
+        )
+        expected = [
+            table[row, policy.blocks.column(i // 16, columns)] * 16 + i % 16
+            if row >= 0
+            else PAD_SLOT_ID
+            for row, text in texts.items()
+            for i in text
+        ]
+        assert slots[0].tolist() == [*expected, *[PAD_SLOT_ID] * 3]
+
+
 def prefix_cache_hits() -> None:
     """After eviction: the same tokens as with a cold cache."""
     ids = IDS[:200]
@@ -283,6 +315,7 @@ CASES: dict[str, Callable[[], None]] = {
         flash_attention_route,
         sampling,
         bad_words,
+        slots_of_far_positions,
         prefix_cache_hits,
         several_groups,
         several_groups_cuda,
