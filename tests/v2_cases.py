@@ -4,6 +4,8 @@
 vLLM has a V2 runner for the CPU, which wants a Triton that compiles for it. Here its
 kernels run in Triton's interpreter, and our CUDA backend does too where a case says so.
 Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
+
+As a plugin of pytest it makes other tests run on V2: ``-p tests.v2_cases -m family``.
 """
 
 import os
