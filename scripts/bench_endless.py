@@ -320,6 +320,7 @@ def run_paired(model: str, context: int, max_tokens: int) -> list[dict[str, Any]
         steps=PAIRED_STEPS,
         dtype="float32",
         eager=False,
+        profile_steps=0,
         kv_gib=1.0,
     )
     command = bench_overhead.command

@@ -84,17 +84,20 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
         for side, streams in cells:
             bar.set_description(f"{side}, {streams} streams")
             settling = settling_steps(streams, args.window)
-            profiled = 2 * args.profile_steps
-            lengths = text_lengths(side, args.window, steps, settling + profiled)
-            most = steps + 2 * settling + profiled
+            lengths = text_lengths(side, args.window, steps, settling)
+            most = steps + 2 * settling
             for name, connection in connections.items():
                 command("begin", connection, streams, lengths[name], most)
-            times = in_turns(connections, args.blocks, args.steps, bar.update)
-            for name, connection in connections.items():
-                if args.profile_steps:
+            half = args.blocks // 2
+            times = in_turns(connections, half, args.steps, bar.update)
+            if args.profile_steps:  # here, where both keep as many tokens
+                for name, connection in connections.items():
                     text = command("profile", connection, args.profile_steps)
                     path = args.output_dir / f"profile-{name}-{side}-{streams}.txt"
                     path.write_text(text)
+            rest = in_turns(connections, args.blocks - half, args.steps, bar.update)
+            for name, connection in connections.items():
+                times[name] += rest[name]
                 command("end", connection)
             compared = compare(times["ours"], times["stock"])
             rows.append({"side": side, "streams": streams} | compared)
@@ -168,13 +171,12 @@ def text_lengths(side: str, window: int, steps: int, settling: int) -> dict[str,
 def longest_text(args: argparse.Namespace) -> int:
     """Tokens that a text of the stock engine may have."""
     settling = settling_steps(max(args.streams), args.window)
-    profiled = 2 * args.profile_steps
-    return int(args.window + block_steps(args) + 2 * settling + profiled)
+    return int(args.window + block_steps(args) + 2 * settling)
 
 
 def block_steps(args: argparse.Namespace) -> int:
-    """Steps of all blocks of an engine, the untimed ones too."""
-    return int(args.blocks * (UNTIMED_STEPS + args.steps))
+    """Steps of all blocks of an engine, the untimed and the profiled ones too."""
+    return int(args.blocks * (UNTIMED_STEPS + args.steps) + 2 * args.profile_steps)
 
 
 def command(verb: str, connection: Connection, *arguments: int) -> Any:
@@ -358,7 +360,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("bench_out"))
     args = parser.parse_args()
     texts = block_steps(args) + settling_steps(max(args.streams), args.window)
-    texts += 2 * args.profile_steps
     if args.window < texts + 64:
         parser.error(f"--window must be at least {texts + 64} for so many steps")
     if args.blocks < 2:
