@@ -238,6 +238,27 @@ def continuations(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def check_prefix_hits(llm: LLM, ids: list[int], block_size: int) -> list[int]:
+    """A text far past the window, again, and in a later turn: as with a cold cache.
+
+    Returns:
+        150 greedy tokens behind the text.
+    """
+    forget(llm)
+    cold = generate(llm, [ids], greedy(150))[0]
+    assert not cold.num_cached_tokens
+    hit = generate(llm, [ids], greedy(150))[0]
+    assert hit.num_cached_tokens == (len(ids) - 1) // block_size * block_size
+    answer = list(cold.outputs[0].token_ids)
+    assert list(hit.outputs[0].token_ids) == answer
+    turn = [*ids, *answer, 65, 66]
+    warm = generate(llm, [turn], greedy(60))[0]
+    assert warm.num_cached_tokens > len(ids) + 100
+    forget(llm)
+    assert continuations(llm, [turn], 60)[0] == list(warm.outputs[0].token_ids)
+    return answer
+
+
 def worst(left: list[float], right: list[float]) -> float:
     """Largest absolute difference of two equally long lists."""
     return max(abs(a - b) for a, b in zip(left, right, strict=True))

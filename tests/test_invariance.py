@@ -13,6 +13,7 @@ from vllm import LLM
 
 from sink_paged.window import BlockWindow, SinkWindow
 from tests.engines import (
+    check_prefix_hits,
     continuations,
     core,
     engine,
@@ -110,21 +111,7 @@ def test_among_others(llm: LLM, undisturbed: Undisturbed) -> None:
 
 def test_prefix_cache_hit_after_eviction(llm: LLM, undisturbed: Undisturbed) -> None:
     """A chat turn resends its history, long past the window: the hit spans it."""
-    forget(llm)
-    cold = generate(llm, [TEXT], greedy(150))[0]
-    assert not cold.num_cached_tokens
-    hit = generate(llm, [TEXT], greedy(150))[0]
-    assert hit.num_cached_tokens == (len(TEXT) - 1) // BLOCK_SIZE * BLOCK_SIZE
-    answer = list(cold.outputs[0].token_ids)
-    assert answer == list(hit.outputs[0].token_ids) == undisturbed.tokens
-
-    again = [*TEXT, *answer]
-    turn = generate(llm, [[*again, 65, 66]], greedy(60))[0]
-    assert turn.num_cached_tokens > len(TEXT) + 100
-    forget(llm)
-    assert continuations(llm, [[*again, 65, 66]], 60)[0] == list(
-        turn.outputs[0].token_ids
-    )
+    assert check_prefix_hits(llm, TEXT, BLOCK_SIZE) == undisturbed.tokens
 
 
 def test_blocks_are_bounded(llm: LLM) -> None:

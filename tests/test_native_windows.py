@@ -11,6 +11,7 @@ from vllm import LLM
 
 from tests.against_oracle import check_family
 from tests.engines import (
+    check_prefix_hits,
     continuations,
     core,
     engine,
@@ -83,18 +84,7 @@ def test_prefill_chunks(llm: LLM, losses: list[float], chunk: int) -> None:
 
 def test_prefix_cache_hit_after_eviction(llm: LLM) -> None:
     """A hit needs the blocks of every group; each group has evicted others."""
-    forget(llm)
-    cold = generate(llm, [TEXT], greedy(150))[0]
-    assert not cold.num_cached_tokens
-    hit = generate(llm, [TEXT], greedy(150))[0]
-    assert hit.num_cached_tokens == (len(TEXT) - 1) // BLOCK_SIZE * BLOCK_SIZE
-    answer = list(cold.outputs[0].token_ids)
-    assert list(hit.outputs[0].token_ids) == answer
-    turn = [*TEXT, *answer, 65, 66]
-    warm = generate(llm, [turn], greedy(60))[0]
-    assert warm.num_cached_tokens > len(TEXT) + 100
-    forget(llm)
-    assert continuations(llm, [turn], 60)[0] == list(warm.outputs[0].token_ids)
+    check_prefix_hits(llm, TEXT, BLOCK_SIZE)
 
 
 def test_blocks_are_bounded(llm: LLM) -> None:

@@ -86,13 +86,12 @@ from sink_paged.runner_v2 import requests  # noqa: E402
 from tests.attention_batches import window_attention  # noqa: E402
 from tests.engines import (  # noqa: E402
     GOLDEN,
-    continuations,
+    check_prefix_hits,
     core,
     eight_bit_losses,
     engine,
     first_near_tie,
     flash_losses,
-    forget,
     generate,
     greedy,
     kv_cache_manager,
@@ -264,17 +263,8 @@ def slots_of_far_positions() -> None:
 
 def prefix_cache_hits() -> None:
     """After eviction: the same tokens as with a cold cache."""
-    ids = IDS[:200]
     with engine(GOLDEN, WINDOW, block_size=16, max_num_batched_tokens=64) as llm:
-        cold, hit = (generate(llm, [ids], greedy(80))[0] for _ in range(2))
-        assert hit.num_cached_tokens == (len(ids) - 1) // 16 * 16
-        answer = list(cold.outputs[0].token_ids)
-        assert list(hit.outputs[0].token_ids) == answer
-        turn = [*ids, *answer, 65, 66]
-        warm = generate(llm, [turn], greedy(40))[0]
-        assert warm.num_cached_tokens > len(ids) + 60
-        forget(llm)
-        assert continuations(llm, [turn], 40)[0] == list(warm.outputs[0].token_ids)
+        check_prefix_hits(llm, IDS[:200], 16)
 
 
 def several_groups() -> None:
