@@ -195,6 +195,41 @@ def flash_losses(ids: list[int], **options: Any) -> dict[str, list[float]]:
     return losses
 
 
+def drafted_error(num_tokens: int, **options: Any) -> float:
+    """Log-probabilities of a text that was verified, beside those of reading it.
+
+    By our CUDA backend, of heads of 128 dims, with drafts by n-grams.
+
+    Args:
+        num_tokens: of the text behind its prompt, which lies past the window.
+        options: of the engine.
+
+    Returns:
+        The largest difference.
+    """
+    drafter = {"method": "ngram", "num_speculative_tokens": 3}
+    lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    prompt = [256, *([5, 9, 17, 3] * 20)]
+    few = list(range(12))  # a text of few tokens repeats itself
+    params = greedy(num_tokens, logprobs=0, allowed_token_ids=few)
+    options = {"block_size": 16, "disable_log_stats": False} | options
+    with tempfile.TemporaryDirectory() as folder:
+        make_llama(Path(folder), head_dim=128, num_attention_heads=2)
+        options["speculative_config"] = drafter | lookup
+        with engine(Path(folder), (4, 60), **options) as llm:
+            written = generate(llm, [prompt], params)[0].outputs[0]
+            counts = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+            tokens = list(written.token_ids)
+            read = generate(llm, [prompt + tokens], greedy(1, prompt_logprobs=0))[0]
+    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert written.logprobs is not None
+    losses = [
+        -entry[token].logprob
+        for entry, token in zip(written.logprobs, tokens, strict=True)
+    ]
+    return worst(losses, prompt_losses(read)[-num_tokens:])
+
+
 def async_scheduling(patch: pytest.MonkeyPatch) -> None:
     """Let engines on the CPU schedule as on a GPU: vLLM turns it off at the end."""
     platform = type(current_platform)

@@ -191,12 +191,13 @@ def check_several_groups() -> str:
 def check_flash(mode: str) -> str:
     """Prompts through FlashAttention in an engine: the losses of the other route.
 
-    Full graphs of mixed batches leave it out, see ``SinkTritonMetadataBuilder``.
+    Full graphs of mixed batches leave it out, see ``SinkTritonMetadataBuilder``. Steps
+    that verify drafts do too, in graphs or not: the losses of reading what they wrote.
     """
     import pytest
 
     from sink_paged.attention import flash
-    from tests.engines import flash_losses, worst
+    from tests.engines import drafted_error, flash_losses, worst
 
     if not flash.is_available():
         return "skipped: no FlashAttention 3 here"
@@ -212,10 +213,15 @@ def check_flash(mode: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "sink_attention", counted)
         losses = flash_losses(ids, **{"enforce_eager": False, **options})
+        drafted = drafted_error(200, **{"enforce_eager": False, **options})
     error = worst(losses["Triton"], losses["FlashAttention"])
     assert bool(calls) == (mode != "full graphs"), f"{len(calls)} calls"
     assert error < 0.06, f"losses differ by {error}"
-    return f"{len(calls)} calls, losses of both routes within {error:.1e}"
+    assert drafted < 0.06, f"verified and read, they differ by {drafted}"
+    return (
+        f"{len(calls)} calls, losses of both routes within {error:.1e}, verified and "
+        f"read within {drafted:.1e}"
+    )
 
 
 def run_tests(*paths: str) -> str:

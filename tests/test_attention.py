@@ -7,6 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from sink_paged.attention import cpu, launch, reference
+from sink_paged.attention.layer import LayerAttention, Step
 from sink_paged.window import BlockWindow, SinkWindow
 from tests.attention_batches import (
     CACHES,
@@ -466,5 +470,66 @@ def test_split_keys(
                 rotary_dim=64,
                 options={option: values},
             ).check()
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepared(batch: Batch) -> Callable[[], Tensor]:
+    """A layer's call on a batch, bound to the calling thread and its threads."""
+    layer = LayerAttention(
+        batch.num_heads, window=batch.window, scale=batch.head_size**-0.5
+    )
+    step = Step.of(batch.query_start_loc, batch.seq_lens, batch.block_table)
+
+    def attend() -> Tensor:
+        output = torch.zeros(batch.query.shape)
+        layer.attend(batch.query, batch.kv_cache, output, step, batch.sink_rotation)
+        return output
+
+    attend()
+    return attend
+
+
+def test_layers_of_two_threads() -> None:
+    """Layers that one thread has called first may be called by a thread each."""
+    batches = [
+        Batch([(40, 300), (1, 200)], SinkWindow(4, 60), rotary_dim=64, seed=seed)
+        for seed in (0, 1)
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calls = [prepared(batch) for batch in batches]
+        expected = [call() for call in calls]
+        start = threading.Barrier(2)
+
+        def count_wrong(number: int) -> int:
+            start.wait()
+            wrong = 0
+            for _ in range(1000):
+                wrong += not torch.equal(calls[number](), expected[number])
+            return wrong
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(count_wrong, (0, 1))) == [0, 0]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layers_with_other_numbers_of_threads() -> None:
+    """A layer counts arrived parts apart from those that share its scratch memory."""
+    window = SinkWindow(4, 4000)
+    many, few = (
+        Batch([(1, 4500)], window, num_heads=heads, num_kv_heads=heads, rotary_dim=64)
+        for heads in (10, 1)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(16)  # ten tiles, of which each is split in two
+        attend = prepared(many)
+        expected = attend()
+        torch.set_num_threads(4)
+        prepared(few)()
+        assert torch.equal(attend(), expected)
     finally:
         torch.set_num_threads(before)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,13 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from triton.runtime import interpreter
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sink_paged.attention import cpu, flash, reference
 from sink_paged.attention import triton as kernel
-from sink_paged.window import SinkWindow, cdiv
+from sink_paged.attention.triton_backend import SinkTritonMetadataBuilder
+from sink_paged.window import BlockWindow, SinkWindow, cdiv
 from tests.attention_batches import (
     DTYPES,
     MIXED,
@@ -334,6 +338,19 @@ def test_padded_requests(decode: bool) -> None:
     torch.testing.assert_close(run(batch, split=decode), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_key_that_is_no_number_is_seen(split: bool) -> None:
+    """Also by the merge, which leaves out the parts of the keys that saw none."""
+    batch = Batch([(1, 300)], SinkWindow(4, 250), rotary_dim=64)
+    cache = packed(batch, "HND")
+    block = int(batch.block_table[0, -1])
+    cache[block, 0, 3, 5] = math.nan
+    output = run(batch, cache=cache, split=split)[0]
+    group = batch.num_heads // batch.num_kv_heads
+    assert output[:group].isnan().all()
+    assert output[group:].isfinite().all()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("sinks", "block_size", "head_size", "rotary_dim", "dtype"),
@@ -467,11 +484,61 @@ def test_splits_follow_the_resident_keys() -> None:
     assert workspace.splits(8, 32, 64) == 16
 
 
+def test_graphs_take_no_window_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention's table is a step's: a graph would replay that of its capture."""
+    monkeypatch.setattr(flash, "is_available", lambda: True)
+    model = SimpleNamespace(
+        dtype=torch.bfloat16, get_num_attention_heads=lambda parallel: 8
+    )
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=None,
+        num_speculative_tokens=3,
+        compilation_config=SimpleNamespace(
+            static_forward_context={},
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+        ),
+    )
+    window = SinkWindow(4, 60)
+    spec = SimpleNamespace(
+        num_kv_heads=2,
+        head_size=128,
+        block_size=16,
+        dtype=torch.bfloat16,
+        blocks=BlockWindow(window, 16),
+    )
+    builder = SinkTritonMetadataBuilder(spec, [], config, DEVICE)
+
+    def batch(tokens: int) -> CommonAttentionMetadata:
+        starts = torch.arange(3, dtype=torch.int32) * tokens
+        return CommonAttentionMetadata(
+            query_start_loc=starts.to(DEVICE),
+            query_start_loc_cpu=starts,
+            seq_lens=torch.full((2,), 100, dtype=torch.int32, device=DEVICE),
+            num_reqs=2,
+            num_actual_tokens=2 * tokens,
+            max_query_len=tokens,
+            max_seq_len=100,
+            block_table_tensor=torch.ones(2, 9, dtype=torch.int32, device=DEVICE),
+            slot_mapping=torch.zeros(2 * tokens, dtype=torch.int64, device=DEVICE),
+        )
+
+    assert builder.uses_flash
+    assert builder.workspace.max_query_len == 4  # a verification of three drafts
+    for tokens in (1, 4, 5, 50):
+        step, captured = builder.build(0, batch(tokens)), batch(tokens)
+        assert (step.unrolled is not None) is (tokens > 4)
+        assert builder.build_for_cudagraph_capture(captured).unrolled is None
+
+
 @pytest.mark.slow
-def test_compiles_for_hopper() -> None:
-    """Every kind of launch compiles, spills nothing and fits 99 KiB a program."""
+def test_compiles_for_gpus() -> None:
+    """Every kind of launch compiles, spills nothing and fits 99 KiB a program.
+
+    For Hopper and for Ada, which has no more than that.
+    """
     listing = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.triton_hopper"],
+        [sys.executable, "-W", "ignore", "-m", "tests.triton_targets"],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         check=True,

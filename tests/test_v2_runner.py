@@ -38,6 +38,7 @@ def drafting(method: str, *arguments: str) -> Any:
         drafting("draft_model", "speculation", "speculation_seeds"),
         drafting("draft_model", "speculation_cuda", "--cuda-backend"),
         drafting("ngram", "n_grams"),
+        drafting("ngram", "flash_attention_drafts", "--cuda-backend"),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -88,6 +88,7 @@ from tests.engines import (  # noqa: E402
     GOLDEN,
     check_prefix_hits,
     core,
+    drafted_error,
     eight_bit_losses,
     engine,
     first_near_tie,
@@ -168,6 +169,21 @@ def flash_attention_route() -> None:
     layers = 3
     assert queries == [48] * 3 * layers + [6] * layers
     assert worst(losses["Triton"], losses["FlashAttention"]) < 0.03
+
+
+def flash_attention_drafts() -> None:
+    """Verified tokens, not by FlashAttention, beside the same ones read by it."""
+    queries: list[int] = []
+
+    def attend_window(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        queries.append(kwargs["max_query_len"])
+        return window_attention(query, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "attend_window", attend_window)
+        patch.setattr(flash, "is_available", lambda: True)
+        assert drafted_error(24, dtype="float16") < 0.03
+    assert queries and min(queries) > 4
 
 
 class Text(NamedTuple):
@@ -305,6 +321,7 @@ CASES: dict[str, Callable[[], None]] = {
         cuda_backend,
         eight_bit_cache,
         flash_attention_route,
+        flash_attention_drafts,
         sampling,
         bad_words,
         slots_of_far_positions,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sink_paged.attention.triton import layout, logit_factors, power_of_two
+from sink_paged.attention.triton import SINK_KEYS, layout, logit_factors
 from sink_paged.attention.triton_add_sinks import add_sinks
 from sink_paged.attention.triton_unroll import unroll
 from sink_paged.window import SinkWindow, cdiv
@@ -230,7 +230,7 @@ def sink_attention(
         window.window_tokens,
         norm_head=norm.stride(0),
         rows=ROWS,
-        sink_keys=min(64, power_of_two(window.sink_tokens)),
+        sink_keys=SINK_KEYS,
         **layout(
             query,
             kv_cache,
@@ -240,5 +240,5 @@ def sink_attention(
             window=window,
             interleaved=interleaved,
         ),
-        num_warps=4,
+        num_warps=8 if head_size > 128 else 4,  # or registers are spilled
     )

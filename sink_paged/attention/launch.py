@@ -142,10 +142,10 @@ _local = threading.local()
 
 
 def reserve_scratch(nbytes: int) -> Scratch:
-    """At least `nbytes` of scratch memory of the calling thread, zero when new."""
+    """At least `nbytes` of scratch memory of the calling thread."""
     scratch: Scratch | None = getattr(_local, "scratch", None)
     if scratch is None or scratch.nbytes < nbytes:
-        memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8)
+        memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
         address = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
         scratch = _local.scratch = Scratch(memory, address, nbytes)
     return scratch

@@ -8,6 +8,7 @@ the kernel when first seen, what a step shares once a step.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -148,7 +149,9 @@ class LayerAttention:
         self._rotation: Tensor | None = None
         self._dtype: torch.dtype | None = None
         self._arguments = ctypes.create_string_buffer(SIZE)
+        self._thread = 0
         self._scratch: Scratch | None = None
+        self._arrivals: ctypes.Array[ctypes.c_int64] | None = None
         self._run: Callable[[], object]  # set by `_bind`
 
     def attend(
@@ -164,6 +167,7 @@ class LayerAttention:
             kv_cache is not self._cache
             or sink_rotation is not self._rotation
             or query.dtype is not self._dtype
+            or threading.get_ident() != self._thread  # whose scratch memory it is
         ):
             self._bind(kv_cache, sink_rotation, query.dtype)
         query_token, query_head, _ = query.stride()
@@ -193,12 +197,13 @@ class LayerAttention:
         group = self.num_heads // num_kv_heads
         tile_tokens = max(1, TILE_ROWS // group)
         max_rows = cdiv(tile_tokens * group, 16) * 16
-        # Scratch memory: arrivals | partial results | one part for each thread.
+        # Scratch memory: partial results | one part for each thread. The counts of
+        # arrived parts are zero between calls, so they are no other layer's.
         partial_bytes = max_rows * (4 * head_size + 8) if num_threads > 1 else 0
-        partials = cdiv(8 * num_threads, 64) * 64
-        scratch = partials + 2 * num_threads * partial_bytes
+        scratch = 2 * num_threads * partial_bytes
         scratch_bytes = scratch_size(max_rows, head_size)
         memory = reserve_scratch(scratch + num_threads * scratch_bytes)
+        arrivals = (ctypes.c_int64 * num_threads)()
         rotation, rotation_row, rotary_dim = 0, 0, 0
         if sink_rotation is not None:
             rotation, rotary_dim = sink_rotation.data_ptr(), sink_rotation.shape[1]
@@ -226,8 +231,8 @@ class LayerAttention:
             num_threads,
             memory.address + scratch,
             scratch_bytes,
+            ctypes.addressof(arrivals),
             memory.address,
-            memory.address + partials,
             partial_bytes,
             self.scale * self.k_scale * factor,
             self.v_scale * factor,
@@ -237,6 +242,7 @@ class LayerAttention:
         self._run = bind(load_kernels().attend, address, num_threads)
         self._cache, self._rotation, self._scratch = kv_cache, sink_rotation, memory
         self._dtype, self._head_size = dtype, head_size
+        self._arrivals, self._thread = arrivals, threading.get_ident()
 
 
 def _cache_arguments(kv_cache: Tensor, dtype: torch.dtype) -> tuple[int, ...]:

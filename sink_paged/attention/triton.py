@@ -27,6 +27,7 @@ from sink_paged.window import SinkWindow, cdiv
 
 MAX_SPLITS = 32
 MAX_ROWS = 128  # of a tile
+SINK_KEYS = 16  # at a time; more sinks are a loop, not more memory
 LOG2_E = math.log2(math.e)
 
 
@@ -268,7 +269,7 @@ def sink_attention(
         window.window_tokens,
         rows=rows,
         keys=keys,
-        sink_keys=min(keys, power_of_two(max(1, window.sink_tokens))),
+        sink_keys=SINK_KEYS,
         one_tile=one_tile,
         is_split=splits > 1,
         **layout(

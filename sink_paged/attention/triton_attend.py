@@ -268,5 +268,5 @@ def attend(
         tl.store(
             partial_output + partial[:, None] * head_size + dim[None, :],
             acc,
-            mask=stored_dims & (norm > 0.0)[:, None],
+            mask=stored_dims & (norm != 0.0)[:, None],  # NaN too
         )

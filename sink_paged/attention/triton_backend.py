@@ -12,7 +12,7 @@ where they are. A padded request has no rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -79,7 +79,13 @@ class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
                 vllm_config.parallel_config
             )
         self.workspace = Workspace(
-            num_heads, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, device
+            num_heads,
+            kv_cache_spec.num_kv_heads,
+            kv_cache_spec.head_size,
+            device,
+            # A verification is a decode of several tokens. (The draft model's own first
+            # pass may have one more, and then does not split its keys.)
+            max_query_len=1 + vllm_config.num_speculative_tokens,
         )
         self.window = kv_cache_spec.blocks.window
         self.block_size = kv_cache_spec.block_size
@@ -93,7 +99,7 @@ class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
                 kv_cache_spec.dtype,
             )
             and all(x.alibi_slopes is None and x.sinks is None for x in layers)
-            # A graph of a mixed batch would replay another step's table.
+            # Not worth making tables that hardly any step reads, see below.
             and compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
         )
 
@@ -124,13 +130,24 @@ class SinkTritonMetadataBuilder(SinkAttentionMetadataBuilder):
             unrolled=unrolled,
         )
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SinkTritonMetadata:
+        """Metadata for a graph, which would replay its window table for ever."""
+        captured = super().build_for_cudagraph_capture(common_attn_metadata)
+        return replace(captured, unrolled=None)
+
 
 class SinkTritonAttentionImpl(SinkAttentionImpl):
     """Attention of one layer by the Triton kernel."""
 
     def check_supported(self) -> None:
-        """See ``SinkAttentionImpl``; an 8-bit cache needs a GPU that has the type."""
+        """See ``SinkAttentionImpl``; the GPU must have the memory and the types."""
         super().check_supported()
+        if not current_platform.has_device_capability(80):
+            raise UnsupportedLayerError(
+                "the attention kernel needs a GPU of compute capability 8.0"
+            )
         if self.kv_cache_dtype.startswith("fp8") and not (
             current_platform.has_device_capability(89)
         ):

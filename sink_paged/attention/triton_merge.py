@@ -45,7 +45,7 @@ def merge(
         mask=(part < parts)[:, None] & within[None, :],
         other=0.0,
     )
-    seen = norm > LOWEST
+    seen = norm != LOWEST  # NaN is seen, and passed on
     weight = tl.where(seen, tl.exp2(norm - tl.max(norm, 0)), 0.0)
     outputs = tl.where(seen[:, None], outputs, 0.0)
     merged = tl.sum(outputs * weight[:, None], 0) / tl.sum(weight, 0)

@@ -104,7 +104,7 @@ def attend_sinks(
         q_a = turned.to(q.dtype)
         if rest > 0:
             q_rest = load_rows(query_rows + rotary_dim, stored, rest, rest_padded, True)
-    for first_key in range(0, num_sinks, sink_keys):
+    for first_key in tl.range(0, num_sinks, sink_keys, num_stages=1):
         key = first_key + tl.arange(0, sink_keys)
         valid = key < num_sinks
         pointers = key_pointers(
