@@ -64,7 +64,9 @@ class SinkConfig:
 
     @classmethod
     def from_mapping(cls, settings: Any) -> Self:
-        """Read the user's mapping; unknown keys are refused by name."""
+        """Read the user's mapping, or what it would make; unknown keys are refused."""
+        if isinstance(settings, cls):
+            return settings
         if not isinstance(settings, Mapping):
             raise ValueError(
                 f'additional_config["{CONFIG_KEY}"] must be a mapping of settings '

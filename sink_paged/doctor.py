@@ -40,10 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         from sink_paged import plugin
 
         plugin.register()
-        args, others = parse(argv)
+        args = parse(argv)
         say(installation(problems))
-        if others:
-            say([("ignored", f"no engine arguments: {' '.join(others)}")])
         if args.model is not None and not problems:
             say(serving(args))
     except Exception as error:  # whatever vLLM raises for a model is the answer
@@ -55,24 +53,31 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(problems))
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Engine arguments, with sink eviction on; and those that are none."""
-    from vllm.engine.arg_utils import EngineArgs
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of ``vllm serve``, with sink eviction on."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(
-        prog="sink-paged",
-        description="doctor: versions, platform and hooks; with a model and the engine "
-        "arguments of `vllm serve` also what a stream takes and how many fit.",
+        prog="sink-paged doctor",
+        usage="sink-paged doctor [MODEL] [any arguments of vllm serve]",
+        description="Versions, platform and hooks; with a model also what its streams "
+        "take and how many fit.",
         add_json_tip=False,
     )
-    parser.add_argument("command", choices=["doctor"])
-    parser.add_argument("model_tag", nargs="?", help="the model, as --model")
-    EngineArgs.add_cli_args(parser)
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    make_arg_parser(parser)
     parser.set_defaults(model=None, sink_eviction=True)
-    args, others = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    command, *others = argv or ["--help"]
+    if command in ("-h", "--help"):
+        parser.print_help()
+        parser.exit()
+    if command != "doctor":
+        parser.error(f"there is no command {command}")
+    args: argparse.Namespace = parser.parse_args(["serve", *others])  # as vLLM knows it
     args.model = args.model_tag or args.model
-    return args, others
+    return args
 
 
 def installation(problems: list[str]) -> Iterator[tuple[str, Any]]:

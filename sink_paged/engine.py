@@ -13,6 +13,7 @@ from typing import Any
 
 import vllm
 from packaging.version import Version
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -164,6 +165,9 @@ def _check_settings(vllm_config: VllmConfig, platform: Platform) -> None:
             getattr(parallel, "use_ubatching", False)
         ),
         "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "VLLM_USE_RUST_FRONTEND: it would not cap max_tokens": bool(
+            envs.VLLM_USE_RUST_FRONTEND
+        ),
         "another plugin's CUSTOM attention backend": (
             AttentionBackendEnum.CUSTOM.get_path() != platform.backend
         ),

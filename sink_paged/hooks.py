@@ -8,10 +8,11 @@ of :mod:`sink_paged.patches` or by a vLLM that carries the hook itself.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from sink_paged.cli import add_arguments, merge_settings, settings_from_arguments
-from sink_paged.config import SinkConfig, StreamConfig, sink_settings
+from sink_paged.config import CONFIG_KEY, SinkConfig, StreamConfig, sink_settings
 
 
 class EngineHooks:
@@ -43,7 +44,10 @@ class EngineHooks:
             from sink_paged import engine, executor
 
             engine.check_vllm_version()
-            SinkConfig.from_mapping(settings)
+            config = SinkConfig.from_mapping(settings)
+            if settings is config:  # vLLM hashes and sends what it is given
+                others = engine_args.additional_config
+                engine_args.additional_config = {**others, CONFIG_KEY: asdict(config)}
             executor.choose_executor(engine_args)
 
     def update_config(self, vllm_config: Any) -> None:

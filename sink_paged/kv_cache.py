@@ -8,6 +8,7 @@ the pinned blocks and the window. The numbers come from :mod:`sink_paged.window`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
@@ -212,6 +213,9 @@ class SinkWindowManager(SingleTypeKVCacheManager):
             if len(held) < self.blocks.pinned_blocks:
                 self._blocks_pinned = None  # more are about to be held
             missing = -(-num_tokens // self.block_size) - len(held)
+            if missing > 0 and apply_admission_cap and self.admission_cap is not None:
+                # A session goes on, whose next piece may be longer than the pool.
+                missing = min(missing, self.admission_cap - self._resident(held))
             return missing if missing > 0 else 0
         self._blocks_pinned = None
         needed = self.blocks.resident_blocks(total_computed_tokens, num_tokens)
@@ -220,6 +224,14 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         num_hits = sum(not block.is_null for block in new_computed_blocks)
         evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
         return max(needed - num_hits, 0) + evictable
+
+    def _resident(self, held: Sequence[KVCacheBlock]) -> int:
+        """Blocks of a stream that have not been evicted."""
+        pinned = min(self.blocks.pinned_blocks, len(held))
+        newest = itertools.takewhile(
+            lambda block: not block.is_null, reversed(held[pinned:])
+        )
+        return pinned + sum(1 for _ in newest)
 
     def add_local_computed_blocks(
         self,

@@ -40,7 +40,9 @@ class StreamOutputProcessor(OutputProcessor):
         """See ``OutputProcessor``."""
         seen = client_request(request)
         super().add_request(seen, *args, **kwargs)
-        state = self.request_states[request.request_id]
+        state = self.request_states.get(request.request_id)
+        if state is None:  # a session whose last output had been sent: it has ended
+            return
         replacement = BOUNDED_CLASSES.get(type(state.detokenizer))
         if replacement is not None:
             state.detokenizer = replacement(state.detokenizer, seen)

@@ -15,7 +15,7 @@ def register() -> None:
     but the models that vLLM lacks: any engine may serve those.
 
     Raises:
-        PatchError: when vLLM lacks a function that must be wrapped.
+        PatchError: when a vLLM that is supported lacks a function that must be wrapped.
     """
     from sink_paged import engine, patches
 
@@ -24,8 +24,13 @@ def register() -> None:
     except engine.UnsupportedSettingError:
         # Asked for sink eviction, an engine says that this vLLM is not supported; an
         # engine without it must not notice that the package is there.
+        from sink_paged.patching import PatchError
+
         for patch in patches.ARGUMENTS:
-            patch.install()
+            try:
+                patch.install()
+            except PatchError as error:
+                engine.logger.warning("sink_paged is of no use here: %s", error)
         return
 
     from vllm.v1.attention.backends.registry import (

@@ -35,12 +35,18 @@ def prepend(request: EngineCoreRequest, token: int) -> None:
 
     Raises:
         VLLMValidationError: for a prompt that is sent in pieces, whose later pieces
-            cannot be told from a first one.
+            cannot be told from a first one; for scores of given tokens, which vLLM
+            looks up by their place in the prompt.
     """
     if request.resumable:
         raise VLLMValidationError(
             "with sink_token_id set, a prompt must be sent as a whole"
         )
+    for name in ("prompt_logprob_token_ids", "prompt_logprob_start"):
+        if getattr(request.sampling_params, name, None) is not None:
+            raise VLLMValidationError(
+                f"{name} does not work with sink_token_id set", parameter=name
+            )
     if request.prompt_token_ids[0] == token:
         return
     request.prompt_token_ids = [token, *request.prompt_token_ids]

@@ -143,7 +143,8 @@ class VllmRotations(StepRotations):
         source = find_table(rotary)
         assert source is not None
         self.table_name = source.name
-        self.trained: Tensor = getattr(rotary, source.name)[: source.length]
+        # A copy: a sleeping engine saves what belongs to a module, and drops the rest.
+        self.trained: Tensor = getattr(rotary, source.name)[: source.length].clone()
         device = self.trained.device
         super().__init__(geometry, source.length, query_limit, max_tokens, device)
         self.rotary = copy.deepcopy(rotary)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings, flags, and what is refused before an engine starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,12 @@ def test_settings_that_do_not_work_are_refused(
         make_config({}, **options)
 
 
+def test_a_front_end_without_hooks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND"):
+        make_config({})
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_dtype_without_instructions(
@@ -312,6 +319,9 @@ def test_default_max_tokens() -> None:
 def test_typed_config() -> None:
     config = SinkConfig(sink_tokens=1, window_tokens=7)
     assert SinkConfig.from_mapping({"sink_tokens": 1, "window_tokens": 7}) == config
+    made = make_config(config)
+    assert stream_of(made).window == SinkWindow(1, 7)
+    json.dumps(made.additional_config)
     assert config.resolve(9) == SinkWindow(1, 7)
     with pytest.raises(ValueError, match="above 8"):
         config.resolve(8)

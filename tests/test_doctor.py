@@ -69,7 +69,6 @@ def test_bound_and_capacity(
     said = capsys.readouterr().out
     assert code == 0, said
     assert "cache config     4+100 (105 tokens" in said
-    assert "ignored          no engine arguments: --port" in said
     with engine(
         model,
         (4, 100),
@@ -88,6 +87,27 @@ def test_bound_and_capacity(
         )
     assert len(policies) == (3 if kind == "hybrid" else 1)
     assert figures(said) == (held, decoding, (pool.num_blocks - 1) // decoding)
+
+
+def test_arguments_as_vllm_serve_takes_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With underscores, with dots, from a file; others are an error."""
+    dotted = ["--additional-config.sink_paged.sink_tokens", "2"]
+    size = ["--kv_cache_memory_bytes", "8M", "--port", "1"]
+    assert doctor.main(["doctor", str(POCKET), *ARGUMENTS, *dotted, *size]) == 0
+    said = capsys.readouterr().out
+    assert "cache config     2+509" in said
+    assert "8 MiB on each worker (as given)" in said
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\nadditional-config:\n  sink_paged:\n    sink_tokens: 3\n")
+    assert doctor.main(["doctor", str(POCKET), "--config", str(file)]) == 0
+    assert "cache config     3+508" in capsys.readouterr().out
+    for wrong in (["doctor", str(POCKET), "--sink-widnow", "5"], ["nurse"]):
+        with pytest.raises(SystemExit) as error:
+            doctor.main(wrong)
+        assert error.value.code == 2
+    assert "no command nurse" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

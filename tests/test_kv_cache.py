@@ -301,6 +301,11 @@ def read_text(manager: Any, request: Request, chunk: int) -> None:
     blocks, num_hit, _ = manager.get_computed_blocks(request)
     hit = {"num_new_computed_tokens": num_hit, "new_computed_blocks": blocks}
     request.num_computed_tokens = 0
+    read_on(manager, request, chunk, **hit)
+
+
+def read_on(manager: Any, request: Request, chunk: int, **hit: Any) -> None:
+    """Prefill the rest of ``request`` in chunks."""
     while request.num_computed_tokens < request.num_tokens:
         computed = request.num_computed_tokens + hit.get("num_new_computed_tokens", 0)
         new = min(chunk, request.num_tokens - computed)
@@ -346,6 +351,31 @@ def test_no_hit_without_the_pinned_block() -> None:
     manager.evict_blocks({pinned.block_id})
     again = make_request("again", 20 * block_size, block_size)
     assert manager.get_computed_blocks(again)[1] == 0
+
+
+@pytest.mark.parametrize("read", [20, 40, 400])
+def test_a_session_goes_on_in_a_pool_smaller_than_its_text(read: int) -> None:
+    """Its next piece is admitted by what a stream keeps, as a new prompt is."""
+    block_size = 16
+    spec = make_spec(SinkWindow(4, 60), block_size)
+    bound = spec.blocks.max_blocks(MAX_CHUNK)
+    manager = make_manager(1 + bound, False, spec)
+    request = make_request("session", read, block_size)
+    read_text(manager, request, MAX_CHUNK)
+    request._all_token_ids.extend(range(1000))
+    request.num_prompt_tokens = request.num_tokens
+    assert manager.allocate_slots(request, MAX_CHUNK, full_sequence_must_fit=True)
+    request.num_computed_tokens += MAX_CHUNK
+    read_on(manager, request, MAX_CHUNK)
+    held = [b for b in manager.get_blocks("session").blocks[0] if not b.is_null]
+    assert len(held) <= bound
+    # Beside a stream that holds a block more than is left, it waits.
+    other = make_manager(bound, False, spec)
+    request = make_request("session", 20, block_size)
+    read_text(other, request, MAX_CHUNK)
+    request._all_token_ids.extend(range(1000))
+    request.num_prompt_tokens = request.num_tokens
+    assert not other.allocate_slots(request, MAX_CHUNK, full_sequence_must_fit=True)
 
 
 def test_capacity_is_the_bounded_number() -> None:

@@ -92,6 +92,26 @@ def test_an_unsupported_vllm_says_so_to_the_flag(
     plugin.register()
 
 
+def test_an_unsupported_vllm_with_other_arguments_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine without the flag does not notice that the package is there."""
+    said: list[str] = []
+    monkeypatch.setattr(
+        "sink_paged.engine.logger.warning",
+        lambda message, *values: said.append(message % values),
+    )
+    changed = make_patch(parameters=("cls", "other"))
+    patches.ALL[2].revert()
+    with monkeypatch.context() as version:
+        version.setattr(vllm, "__version__", "0.33.0")
+        version.setattr(patches, "ARGUMENTS", (changed,))
+        plugin.register()
+    assert len(said) == 1 and "its parameters are" in said[0]
+    assert not changed.installed()
+    patches.ALL[2].install()
+
+
 def test_steps_aside_where_vllm_has_the_hook() -> None:
     patches.ALL[2].revert()
     patch = make_patch(upstream="vllm.plugins:load_general_plugins")

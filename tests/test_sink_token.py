@@ -145,6 +145,23 @@ def test_a_prompt_in_pieces_is_refused() -> None:
         prepend(make_request(resumable=True), SINK)
 
 
+@pytest.mark.skipif(
+    not hasattr(SamplingParams, "prompt_logprob_start"), reason="of vLLM 0.32"
+)
+@pytest.mark.parametrize(
+    "asked",
+    [{"prompt_logprob_token_ids": [[1], [2]]}, {"prompt_logprob_start": 0}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_scores_by_place_are_refused(asked: dict[str, Any]) -> None:
+    """vLLM looks them up in the prompt that it knows, which begins a token earlier."""
+    sampling = SamplingParams()
+    for name, value in asked.items():
+        setattr(sampling, name, value)
+    with pytest.raises(VLLMValidationError, match="with sink_token_id"):
+        prepend(make_request(sampling_params=sampling), SINK)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
