@@ -9,11 +9,11 @@ everything from the scheduler to the sampled tokens, the front end's share inclu
 - ``past``: streams far past the window; the stock engine's texts have on average as
   many tokens as the streams keep.
 
-Printed and written to ``--output-dir`` (``overhead.json``, ``overhead.png``): median
-step times, their ratio (ours over stock, below 1 is faster), and the quartiles of the
-ratios of neighbouring blocks. ``--profile-steps`` adds, for each cell and engine, where
-a step's time goes (``profile-*.txt``): Python functions by ``cProfile``, then operators
-and a GPU's kernels by ``torch.profiler``. Example::
+Printed and written to ``--output-dir`` (``overhead.json``, after each cell, and
+``overhead.png``): median step times, and median and quartiles of the ratios of
+neighbouring blocks (ours over stock, below 1 is faster). ``--profile-steps`` adds, for
+each cell and engine, where a step's time goes (``profile-*.txt``): Python functions by
+``cProfile``, then operators and a GPU's kernels by ``torch.profiler``. Example::
 
     python scripts/bench_overhead.py --streams 1 8 32 --window 1024
 """
@@ -27,6 +27,7 @@ import json
 import os
 import pstats
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import provenance
+from provenance import provenance, without_folders
 from streams.random_llama import SHAPES, write_random_llama
 from tqdm import tqdm
 
@@ -63,25 +64,62 @@ def main() -> None:
             model = str(Path(scratch, "model"))
             shape = SHAPES[args.model]
             write_random_llama(Path(model), longest_text(args), args.dtype, **shape)
-        rows = measure(args, model)
-    document = {"provenance": provenance(), "settings": vars(args), "cells": rows}
-    path = args.output_dir / "overhead.json"
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+        rows = measure_and_save(args, model)
     print(table(rows))
-    print(f"written: {path}, {plot(rows, args.output_dir / 'overhead.png')}")
+    plotted = plot(rows, args.output_dir / "overhead.png")
+    print(f"written: {args.output_dir / 'overhead.json'}, {plotted}")
 
 
-def measure(args: argparse.Namespace, model: str) -> list[Row]:
-    """A row for each number of streams and each side of the window."""
-    rows = []
+def measure_and_save(args: argparse.Namespace, model: str) -> list[Row]:
+    """The rows of all cells, each written to ``overhead.json`` once it is there.
+
+    Raises:
+        SystemExit: when an engine ends or the user interrupts; says what is saved.
+    """
+    path = args.output_dir / "overhead.json"
+    settings = vars(args) | {"model": without_folders(args.model)}
+    del settings["output_dir"]
+    document = {"provenance": provenance(), "settings": settings}
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        path.write_text(json.dumps(document | {"cells": rows}, indent=1) + "\n")
+
+    try:
+        measure(args, model, keep)
+    except (SystemExit, KeyboardInterrupt) as stop:
+        reason = "interrupted" if isinstance(stop, KeyboardInterrupt) else str(stop)
+        if not rows:
+            sys.exit(f"{reason}\nno cell was measured, {path} is not written")
+        print(table(rows))
+        number = f"{len(rows)} of {len(cells(args))} cells"
+        sys.exit(f"{reason}\n{number} were measured, written: {path}")
+    return rows
+
+
+def cells(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Side of the window and number of streams of what is measured."""
+    return [(side, n) for n in args.streams for side in ("inside", "past")]
+
+
+def measure(
+    args: argparse.Namespace, model: str, keep: Callable[[Row], object]
+) -> None:
+    """Call ``keep`` with the row of each cell.
+
+    Args:
+        args: the settings.
+        model: folder of the model.
+        keep: called with side, streams and what ``compare`` returns.
+    """
     steps = block_steps(args)
-    cells = [(side, n) for n in args.streams for side in ("inside", "past")]
     names = {"ours": "ours", "stock": "stock"}
     with (
         engines(names, model, args) as connections,
-        tqdm(total=len(cells) * args.blocks, unit="block") as bar,
+        tqdm(total=len(cells(args)) * args.blocks, unit="block") as bar,
     ):
-        for side, streams in cells:
+        for side, streams in cells(args):
             bar.set_description(f"{side}, {streams} streams")
             settling = settling_steps(streams, args.window)
             lengths = text_lengths(side, args.window, steps, settling)
@@ -100,8 +138,7 @@ def measure(args: argparse.Namespace, model: str) -> list[Row]:
                 times[name] += rest[name]
                 command("end", connection)
             compared = compare(times["ours"], times["stock"])
-            rows.append({"side": side, "streams": streams} | compared)
-    return rows
+            keep({"side": side, "streams": streams} | compared)
 
 
 @contextmanager
@@ -180,9 +217,16 @@ def block_steps(args: argparse.Namespace) -> int:
 
 
 def command(verb: str, connection: Connection, *arguments: int) -> Any:
-    """Ask an engine's process for something and wait until it is done."""
-    connection.send((verb, *arguments))
-    return connection.recv()
+    """Ask an engine's process for something and wait until it is done.
+
+    Raises:
+        SystemExit: when the process ended.
+    """
+    try:
+        connection.send((verb, *arguments))
+        return connection.recv()
+    except (EOFError, ConnectionError):
+        raise SystemExit(f"an engine ended (asked to {verb}); see above") from None
 
 
 def serve(
@@ -292,7 +336,17 @@ def start(name: str, model: str, args: argparse.Namespace) -> Any:
 
 
 def compare(ours: list[list[float]], stock: list[list[float]]) -> Row:
-    """Medians in milliseconds, their ratio, quartiles of the blocks' ratios."""
+    """Compare blocks of steps, each ours and its neighbour of stock.
+
+    Args:
+        ours: seconds of the steps of each block.
+        stock: the same of the other engine.
+
+    Returns:
+        Medians over all steps in milliseconds, and their quotient as ``pooled_ratio``;
+        medians of the blocks, their ratios, and of these the median as ``ratio`` and
+        the quartiles.
+    """
     ours_median, stock_median = (
         statistics.median([t for block in blocks for t in block])
         for blocks in (ours, stock)
@@ -301,12 +355,13 @@ def compare(ours: list[list[float]], stock: list[list[float]]) -> Row:
         [1e3 * statistics.median(block) for block in blocks] for blocks in (ours, stock)
     )
     ratios = [a / b for a, b in zip(ours_blocks, stock_blocks, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "ours_ms": 1e3 * ours_median,
         "stock_ms": 1e3 * stock_median,
-        "ratio": ours_median / stock_median,
+        "ratio": ratio,
         "ratio_quartiles": [low, high],
+        "pooled_ratio": ours_median / stock_median,
         "ours_block_ms": ours_blocks,
         "stock_block_ms": stock_blocks,
         "block_ratios": ratios,

@@ -12,17 +12,23 @@ Peers, each in a process of its own for every measurement, interleaved:
   eviction and with full attention, in a Python environment of its own.
 
 Streams begin at once with random prompts and write until their texts are
-``--length-windows`` windows long; ``recompute`` and ``hf``, whose tokens cost the same
-at any length past the window, stop after ``--seconds``. Without ``--kv-windows`` each
-engine has the KV pool that its streams need; with it all have a pool of so many
-windows, and streams wait or are preempted. Each engine is warmed up before the clock
-starts.
+``--length-windows`` windows long. ``recompute`` and ``hf``, whose tokens cost the same
+at any length past the window, stop ``--seconds`` after every stream's first token. Of a
+run that was cut so the throughput is an estimate for whole texts (``cut`` in the table,
+``extrapolated`` in the JSON): the time to the first tokens as it was, the rest at the
+rate while all streams wrote. Over what it did write (``measured_output_throughput``)
+its prompts would weigh more than those of peers that wrote to the end.
 
-Figures: output tokens a second over the run (prefill included) and while all streams
-write; time from token to token; time to the first token, queueing included;
-preemptions; KV blocks in use at most; peak resident memory of all processes of the
-engine. Written to ``--output-dir``: ``streams.json`` (key names of ``vllm bench
-serve``), three plots, and a log of each measurement.
+Without ``--kv-windows`` each engine has the KV pool that its streams need; with it all
+have a pool of so many windows, and streams wait or are preempted. Each engine is warmed
+up before the clock starts.
+
+Figures: output tokens a second over whole texts (prefill included) and while all
+streams write; speed-ups over ``recompute`` and ``hf`` by both; time from token to
+token; time to the first token, queueing included; preemptions; KV blocks in use at
+most; peak resident memory of all processes of the engine. Written to ``--output-dir``:
+``streams.json`` (key names of ``vllm bench serve``; what was skipped or failed under
+``problems``), three plots, and a log of each measurement.
 
 Examples::
 
@@ -52,12 +58,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import provenance, without_folders
 from streams.launch import SETTINGS, engine_environment, measure
+from streams.outcomes import Outcomes
 from streams.plan import check, text_tokens, workloads
 from streams.plots import plot_all
 from streams.random_llama import SHAPES, write_random_llama
-from streams.summary import speedups, summarise, table
+from streams.summary import speedup_lines, summarise, table
+from streams.workload import Workload
 from tqdm import tqdm
 
 PEERS = ("sink_paged", "vllm", "recompute", "hf", "openvino", "openvino_full")
@@ -89,65 +97,56 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, model: str, scratch: str) -> None:
-    """Measure; the files are brought up to date after each measurement."""
+    """Measure; ``streams.json`` is brought up to date after each outcome."""
     plan = [
         (repetition, workload)
         for repetition in range(args.repetitions)
         for workload in workloads(args, model, scratch)
     ]
-    measurements: list[dict[str, Any]] = []
-    problems: dict[str, str] = {}
+    outcomes = Outcomes(without_folders(args.model), args.output_dir)
+    made = provenance()
     terminal = sys.stderr.isatty()
     with tqdm(plan, unit="run", desc="measurements", disable=not terminal) as bar:
         for repetition, workload in bar:
-            name = (
-                f"{workload.peer}, window {workload.window}, {workload.streams} streams"
-            )
-            if problems.get(workload.peer, "").startswith("skipped"):
+            if outcomes.skips(workload):
                 continue
-            log = (
-                f"{workload.peer}-{workload.window}-{workload.streams}-{repetition}.log"
-            )
-            openvino = workload.peer.startswith("openvino")
-            python = args.openvino_python if openvino else sys.executable
-            if python is None:
-                message = {"skipped": "no --openvino-python (see --help)"}
-            else:
-                message = measure(workload, args.output_dir / "logs" / log, python)
-            if "result" not in message:
-                kind, reason = next(iter(message.items()))
-                key = workload.peer if kind == "skipped" else name
-                problems[key] = f"{kind}: {reason}"
-                tqdm.write(f"{key} {problems[key]}", file=sys.stderr)
-                continue
-            result = message["result"]
-            measurements.append(
-                {**asdict(workload), "model": args.model, "repetition": repetition}
-                | result
-            )
-            rate, gap = result["output_throughput"], result["median_itl_ms"]
-            tqdm.write(f"{name}: {rate:.4g} tokens/s, {gap:.4g} ms", file=sys.stderr)
-            save(args.output_dir, measurements, problems)
-    if not measurements:
-        sys.exit("nothing was measured")
-    rows = summarise(measurements)
-    print(table(rows))
-    for (window, streams), ratio in speedups(rows).items():
-        print(f"over recomputation, window {window}, {streams} streams: {ratio:.3g}x")
-    for name, problem in problems.items():
-        print(f"{name} {problem}")
+            message = run_one(args, repetition, workload)
+            line = outcomes.add(workload, repetition, message)
+            tqdm.write(line, file=sys.stderr)
+            save(args.output_dir, made, outcomes)
+    if not outcomes.measurements:
+        sys.exit(f"nothing was measured, see {args.output_dir}/streams.json")
+    rows = summarise(outcomes.measurements)
+    print(table(rows), *speedup_lines(rows), *outcomes.problems, sep="\n")
     print(f"written: {args.output_dir}/streams.json", end="")
-    print("", *plot_all(rows, measurements, args.output_dir), sep=", ")
+    print("", *plot_all(rows, outcomes.measurements, args.output_dir), sep=", ")
 
 
-def save(folder: Path, measurements: list[Any], problems: dict[str, str]) -> None:
-    """Write ``streams.json``."""
+def run_one(args: argparse.Namespace, repetition: int, workload: Workload) -> Any:
+    """One measurement; see ``streams.launch.measure``."""
+    openvino = workload.peer.startswith("openvino")
+    python = args.openvino_python if openvino else sys.executable
+    if python is None:
+        reason = "no --openvino-python (see --help)"
+        return {"skipped": reason, "everywhere": True}
+    name = f"{workload.peer}-{workload.window}-{workload.streams}-{repetition}.log"
+    return measure(workload, args.output_dir / "logs" / name, python)
+
+
+def save(folder: Path, made: dict[str, Any], outcomes: Outcomes) -> None:
+    """Write ``streams.json``.
+
+    Args:
+        folder: where to.
+        made: the run's provenance.
+        outcomes: of the workloads so far.
+    """
     document = {
-        "provenance": provenance(),
+        "provenance": made,
         "environment": {name: engine_environment()[name] for name in SETTINGS},
-        "summary": summarise(measurements),
-        "measurements": measurements,
-        "problems": problems,
+        "summary": summarise(outcomes.measurements),
+        "measurements": outcomes.measurements,
+        "problems": [asdict(problem) for problem in outcomes.problems],
     }
     (folder / "streams.json").write_text(json.dumps(document, indent=1) + "\n")
 
@@ -186,7 +185,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt-tokens", type=int, help="default: one window")
     add("--kv-windows", type=float, default=0.0, help="size of the KV pool, in windows")
     add(
-        "--seconds", type=float, default=20.0, help="limit of recompute and hf; 0: none"
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="limit of recompute and hf once all streams write; 0: none",
     )
     add("--repetitions", type=int, default=3)
     add(

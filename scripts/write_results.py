@@ -58,9 +58,11 @@ def section(evaluation: Evaluation, folder: str) -> Iterator[str]:
     yield from evaluation.notes
     made = evaluation.provenance
     where = made.get("gpu") or f"{made['cpus']} cores of {made['cpu']}"
+    commit, *dirty = (made["git_revision"] or "unknown").split("-")
+    revision = "-".join([commit[:12], *dirty])
     yield (
         f"`{evaluation.command}`\n\n{evaluation.seconds:,.0f} s on {where}; vLLM "
-        f"{made['vllm']}, torch {made['torch']}, revision {made['git_revision'][:12]}."
+        f"{made['vllm']}, torch {made['torch']}, revision {revision}."
     )
 
 

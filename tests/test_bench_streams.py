@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_recomputation_stops_after_its_time() -> None:
             from streams.engine import Delta
 
             name, prompt = self.asked.pop(0)
-            yield Delta(name, [sum(prompt) % 7], True)
+            yield Delta(name, [sum(prompt) % 7], True, time.perf_counter())
 
     workload = tiny(window=4, text_tokens=1000, seconds=1e-9)
     texts = [[1, 2, 3, 4], [5, 6, 7, 8]]
@@ -145,7 +146,12 @@ def test_recomputation_stops_after_its_time() -> None:
 # Figures.
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, times: list[list[float]]) -> Result:
+def recorded(
+    monkeypatch: pytest.MonkeyPatch,
+    times: list[list[float]],
+    wanted: int = 0,
+    extrapolate: bool = False,
+) -> Result:
     """A result of streams with prompts of 10 tokens that wrote at ``times``."""
     now = 100.0
     monkeypatch.setattr(result.time, "perf_counter", lambda: now)
@@ -153,7 +159,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, times: list[list[float]]) -> Resul
     for moment, stream in sorted((t, s) for s, row in enumerate(times) for t in row):
         now = 100.0 + moment
         recorder.wrote(stream)
-    return recorder.result(max(map(len, times)), peak_rss_bytes=1)
+    wanted = wanted or max(map(len, times))
+    return recorder.result(wanted, extrapolate, peak_rss_bytes=1)
 
 
 def test_figures_are_those_of_vllm_bench(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +209,61 @@ def test_steady_throughput_is_that_of_all_streams(
     assert one_by_one.output_throughput == pytest.approx(4 / 4)
 
 
+def test_a_cut_run_is_judged_by_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures are those of the run to the end, but for what it wrote."""
+    gap, wanted = 0.25, 100  # a prompt of 4 seconds, then both streams every 0.25
+    whole = [[4 + gap * i for i in range(wanted)]] * 2
+    end = recorded(monkeypatch, whole, extrapolate=True).to_json()
+    cut = recorded(monkeypatch, [t[:9] for t in whole], wanted, True).to_json()
+    for key in ("output_throughput", "total_token_throughput", "request_throughput"):
+        assert cut[key] == pytest.approx(end[key]), key
+    key = "steady_output_throughput"
+    assert cut[key] == pytest.approx(2 / gap) == pytest.approx(end[key])
+    assert (end["extrapolated"], end["estimated_duration"]) == (False, None)
+    assert end["measured_output_throughput"] == end["output_throughput"]
+    assert cut["extrapolated"] and cut["completed"] == 0
+    assert cut["estimated_duration"] == pytest.approx(end["duration"])
+    assert (cut["duration"], cut["total_output_tokens"]) == (6.0, 18)
+    assert cut["measured_output_throughput"] == pytest.approx(18 / 6)
+
+
+def test_a_cut_run_of_streams_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As re-computation writes: the first stream is ahead when the last one begins."""
+    times = [[1.0, 3.0, 5.0, 7.0], [2.0, 4.0, 6.0, 8.0]]
+    cut = recorded(monkeypatch, times, 50, True)
+    assert cut.whole == (100.0, 2, 100)
+    assert cut.output_throughput == pytest.approx(1.0)
+
+
+def test_a_run_ended_by_its_context_is_not_extrapolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = recorded(monkeypatch, [[1.0, 2.0, 4.0]], wanted=10)
+    assert not short.to_json()["extrapolated"]
+    assert short.output_throughput == pytest.approx(3 / 4)
+
+
+def test_too_few_tokens_give_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="side by side"):
+        recorded(monkeypatch, [[1.0, 2.0], [3.0]], 10, True)
+
+
+def test_the_limit_counts_from_the_last_first_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 50.0
+    monkeypatch.setattr(result.time, "perf_counter", lambda: now)
+    recorder = Recorder(2, 10, lambda tokens: None)
+    now = 80.0
+    recorder.wrote(0)
+    assert recorder.writing_seconds == 0
+    now = 90.0
+    recorder.wrote(1, 2, moment=89.0)
+    recorder.wrote(0)
+    assert recorder.writing_seconds == pytest.approx(1.0)
+    assert list(recorder.times[1]) == [89.0, 89.0]
+
+
 def test_time_per_token_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gap before the token that makes the text ``n`` long stands at ``n``."""
     growing = [0.0]
@@ -216,16 +278,19 @@ def test_time_per_token_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows() -> list[dict[str, Any]]:
     found = []
     for repetition, scale in enumerate((1.0, 3.0, 2.0)):
-        for peer, milliseconds in (("sink_paged", 10.0), ("recompute", 240.0)):
+        for peer, rate in (("sink_paged", 240.0), ("recompute", 10.0)):
+            cut = peer == "recompute"
             found.append(
                 {
                     "peer": peer,
                     "window": 512,
                     "streams": 8,
                     "repetition": repetition,
-                    "output_throughput": 100.0 * scale,
-                    "steady_output_throughput": None,
-                    "median_itl_ms": milliseconds * scale,
+                    "output_throughput": (20.0 if cut else 100.0) * scale,
+                    "steady_output_throughput": rate * scale,
+                    "extrapolated": cut,
+                    "completed": 0 if cut else 8,
+                    "median_itl_ms": 8e3 / rate / scale,
                     "p99_itl_ms": 50.0,
                     "median_ttft_ms": 5.0,
                     "num_preemptions": 2,
@@ -244,13 +309,32 @@ def test_summary_table_and_plots(tmp_path: Path) -> None:
     assert [row["peer"] for row in medians] == ["sink_paged", "recompute"]
     assert medians[0]["output_throughput"] == 200.0
     assert medians[0]["output_throughput_min_max"] == [100.0, 300.0]
-    assert summary.speedups(medians) == {(512, 8): pytest.approx(24.0)}
+    assert summary.speedups(medians, "recompute") == {(512, 8): pytest.approx(24.0)}
+    (line,) = summary.speedup_lines(medians)
+    assert "over recompute, window 512, 8 streams: 24x while all write, 5x" in line
     lines = summary.table(medians).splitlines()
+    assert lines[2].endswith(" whole") and lines[3].endswith(" cut")
+    assert [line for line in lines if line.startswith(("cut: ", "short: "))] == [
+        "cut: stopped after --seconds; its output tok/s is estimated for whole texts"
+    ]
     assert "100-300" in lines[2] and "17/127" in lines[2] and "1024" in lines[2]
     files = plot_all(medians, rows(), tmp_path)
     names = [file.name for file in files]
     assert names == ["throughput.png", "time_per_token.png", "speedup.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_streams_that_wait_have_no_speedup_while_all_write() -> None:
+    """Theirs is over whole texts alone; a stock engine's short texts are marked."""
+    measured = rows()
+    for one in measured:
+        one["steady_output_throughput"] = None
+        one |= {"extrapolated": False, "completed": 3}
+    medians = summary.summarise(measured)
+    assert summary.speedups(medians, "recompute") == {}
+    (line,) = summary.speedup_lines(medians)
+    assert line.endswith("8 streams: 5x over whole texts")
+    assert summary.table(medians).splitlines()[2].endswith(" short")
 
 
 def test_kv_bytes(tmp_path: Path) -> None:
@@ -316,6 +400,12 @@ def test_a_dead_process_is_reported(tmp_path: Path) -> None:
     python.chmod(0o755)
     message = measure(tiny(tmp_path), tmp_path / "log", str(python))
     assert "SIGKILL" in message["failed"] and "no memory left" in message["failed"]
+
+
+def test_a_missing_interpreter_is_reported(tmp_path: Path) -> None:
+    message = measure(tiny(tmp_path), tmp_path / "log", str(tmp_path / "python"))
+    reason = "python does not run: No such file or directory"
+    assert message == {"skipped": reason, "everywhere": True}
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def main() -> None:
         peer = importlib.import_module(f"streams.peers.{workload.peer}")
         report.send(result=peer.run(workload, report).to_json())
     except SkippedError as reason:
-        report.send(skipped=str(reason))
+        report.send(skipped=str(reason), everywhere=reason.everywhere)
     except Exception as error:
         traceback.print_exc()
         report.send(failed=f"{type(error).__name__}: {error}")

@@ -22,11 +22,19 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 class Delta(NamedTuple):
-    """What a step brought to a request."""
+    """What a step brought to a request.
+
+    Attributes:
+        name: of the request.
+        tokens: the new ones.
+        finished: whether they are the last.
+        moment: when the step ended, seconds of ``time.perf_counter``.
+    """
 
     name: str
     tokens: list[int]
     finished: bool
+    moment: float
 
 
 class Statistics(StatLoggerBase):  # type: ignore[misc,unused-ignore]
@@ -71,9 +79,11 @@ class Requests:
 
     def step(self) -> Iterator[Delta]:
         """Wait for the engine core's next message."""
-        for output in self.engine.step():
+        outputs = self.engine.step()
+        moment = time.perf_counter()
+        for output in outputs:
             tokens = list(output.outputs[0].token_ids)
-            yield Delta(output.request_id, tokens, output.finished)
+            yield Delta(output.request_id, tokens, output.finished, moment)
 
     @property
     def busy(self) -> bool:

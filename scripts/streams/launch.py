@@ -61,17 +61,25 @@ def measure(workload: Workload, log: Path, python: str = sys.executable) -> Any:
     """
     reader, writer = os.pipe()
     command = [python, "-m", "streams.child", str(writer), workload.to_json()]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=engine_environment(),
-            pass_fds=[writer],
-            start_new_session=True,
-        )
-    os.close(writer)
+    try:
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=engine_environment(),
+                pass_fds=[writer],
+                start_new_session=True,
+            )
+    except OSError as error:  # of the interpreter, or of the log
+        os.close(reader)
+        if error.filename != python:
+            raise
+        reason = f"{Path(python).name} does not run: {error.strerror}"
+        return {"skipped": reason, "everywhere": True}
+    finally:
+        os.close(writer)
     # A process that died leaves its children, which hold the pipe open.
     threading.Thread(target=_reap, args=(process,), daemon=True).start()
     try:

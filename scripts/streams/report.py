@@ -13,15 +13,25 @@ INTERVAL = 0.2
 
 
 class SkippedError(Exception):
-    """A peer cannot do a workload; the message says why."""
+    """A peer cannot do a workload.
+
+    Args:
+        reason: why, for the user.
+        everywhere: whether it can do no other workload of this run either.
+    """
+
+    def __init__(self, reason: str, everywhere: bool = False) -> None:
+        """See the class."""
+        super().__init__(reason)
+        self.everywhere = everywhere
 
 
 class Report:
     """Writes messages into a pipe.
 
     ``{"phase": NAME, "total": TOKENS}`` begins a phase, ``{"tokens": COUNT}`` advances
-    it; the last message is ``{"result": ...}``, ``{"skipped": REASON}`` or
-    ``{"failed": REASON}``.
+    it; the last message is ``{"result": ...}``, ``{"skipped": REASON, "everywhere":
+    BOOL}`` or ``{"failed": REASON}``.
     """
 
     def __init__(self, descriptor: int) -> None:

@@ -11,6 +11,7 @@ Row = dict[str, Any]
 CELL = ("window", "streams", "peer")
 FIGURES = (
     "output_throughput",
+    "measured_output_throughput",
     "steady_output_throughput",
     "median_itl_ms",
     "p99_itl_ms",
@@ -26,6 +27,8 @@ FIGURES = (
     "completed",
 )
 """Keys of a measurement of which the median over repetitions is taken."""
+WRITING, WHOLE = "steady_output_throughput", "output_throughput"
+"""Throughputs that compare like with like: while all streams write, of whole texts."""
 
 
 def summarise(measurements: Iterable[Row]) -> list[Row]:
@@ -35,8 +38,9 @@ def summarise(measurements: Iterable[Row]) -> list[Row]:
         measurements: the workload's fields and its result's, flat.
 
     Returns:
-        Medians over repetitions under the same keys, ``repetitions``, and the lowest
-        and highest ``output_throughput`` as ``output_throughput_min_max``.
+        Medians over repetitions under the same keys, ``repetitions``, the lowest and
+        highest ``output_throughput`` as ``output_throughput_min_max``, and whether a
+        throughput is an estimate as ``extrapolated``.
     """
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for one in measurements:
@@ -50,23 +54,46 @@ def summarise(measurements: Iterable[Row]) -> list[Row]:
             row[key] = statistics.median(values) if values else None
         rates = [one["output_throughput"] for one in repeated]
         row["output_throughput_min_max"] = [min(rates), max(rates)]
+        row["extrapolated"] = any(one["extrapolated"] for one in repeated)
         rows.append(row)
     return rows
 
 
 def speedups(
-    rows: list[Row], over: str = "recompute", of: str = "sink_paged"
+    rows: list[Row], over: str, key: str = WRITING, of: str = "sink_paged"
 ) -> dict[tuple[int, int], float]:
-    """Time per token of one peer over that of another, by ``(window, streams)``."""
-    times = {
-        (row["window"], row["streams"], row["peer"]): row["median_itl_ms"]
+    """Throughput of one peer over that of another, by ``(window, streams)``.
+
+    Args:
+        rows: of ``summarise``.
+        over: the slower peer.
+        key: ``WRITING`` or ``WHOLE``, which a run that was cut has too.
+        of: the faster peer.
+    """
+    rates = {
+        (row["window"], row["streams"], row["peer"]): row[key]
         for row in rows
+        if row[key] is not None
     }
     return {
-        (window, streams): time / times[window, streams, of]
-        for (window, streams, peer), time in times.items()
-        if peer == over and (window, streams, of) in times
+        (window, streams): rates[window, streams, of] / rate
+        for (window, streams, peer), rate in rates.items()
+        if peer == over and (window, streams, of) in rates
     }
+
+
+def speedup_lines(rows: list[Row]) -> list[str]:
+    """Speed-ups over the peers that may be cut, for a terminal."""
+    lines = []
+    for over in ("recompute", "hf"):
+        writing = speedups(rows, over)
+        for cell, whole in speedups(rows, over, WHOLE).items():
+            ratios = [f"{_number(whole)}x over whole texts"]
+            if cell in writing:
+                ratios.insert(0, f"{_number(writing[cell])}x while all write")
+            where = "window {}, {} streams".format(*cell)
+            lines.append(f"sink_paged over {over}, {where}: {', '.join(ratios)}")
+    return lines
 
 
 HEADER = (
@@ -83,23 +110,32 @@ HEADER = (
     ("KV blocks", "peak/pool"),
     ("peak RSS", "MiB"),
     ("text", "tokens"),
+    ("run", ""),
 )
+NOTES = {
+    "cut": "stopped after --seconds; its output tok/s is estimated for whole texts",
+    "short": "texts ended before their length; output tok/s is of what was written",
+}
+"""What the last column says of a run whose streams did not all complete."""
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned columns, two lines of heading."""
+    """Aligned columns, two lines of heading, notes below."""
     body = [
         _line(row) for row in sorted(rows, key=lambda r: (r["window"], r["streams"]))
     ]
     lines = [[title for title, _ in HEADER], [unit for _, unit in HEADER], *body]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    aligned = [
         "  ".join(
             cell.ljust(width) if index == 2 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
-    )
+    ]
+    kinds = {line[-1] for line in body}
+    notes = [f"{kind}: {note}" for kind, note in NOTES.items() if kind in kinds]
+    return "\n".join(aligned + notes)
 
 
 def _line(row: Row) -> list[str]:
@@ -121,7 +157,15 @@ def _line(row: Row) -> list[str]:
         blocks,
         f"{row['peak_rss_bytes'] / 2**20:.0f}",
         f"{row['longest_text']:.0f}",
+        _kind(row),
     ]
+
+
+def _kind(row: Row) -> str:
+    """A key of ``NOTES``, or ``whole``."""
+    if row["extrapolated"]:
+        return "cut"
+    return "whole" if row["completed"] >= row["streams"] else "short"
 
 
 def _number(value: float | None) -> str:

@@ -27,8 +27,9 @@ class Workload:
         prompt_tokens: prompt of each stream, random.
         text_tokens: length at which a text ends, prompt and output.
         pool_tokens: size of the KV pool; 0 for what the streams need.
-        seconds: time after which the peers that cost the same at any length
-            (recomputation, Hugging Face) may stop; 0 lets them finish.
+        seconds: time from the first token of all streams after which the peers that
+            cost the same at any length (recomputation, Hugging Face) may stop; 0 lets
+            them finish.
         dtype: of weights and activations.
         eager: no ``torch.compile``.
         block_size: tokens in a KV block.

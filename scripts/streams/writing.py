@@ -30,5 +30,5 @@ def write_streams(
         engine.add(str(index), prompt, output_tokens)
     while engine.busy:
         for delta in engine.step():
-            recorder.wrote(int(delta.name), len(delta.tokens))
+            recorder.wrote(int(delta.name), len(delta.tokens), delta.moment)
     return recorder.result(workload.output_tokens, **engine.figures())

@@ -6,8 +6,9 @@ behind the sinks gives way, and all cached keys are rotated to the positions of 
 slots in the cache. The cache is a ring that is written in place, which spares the
 concatenations of a literal loop.
 
-Past the window a token costs the same at any length of the text: the run may stop after
-``workload.seconds``.
+Past the window a token costs the same at any length of the text: the run may stop
+``workload.seconds`` after the first tokens. What whole texts would take is then
+estimated, in this peer's favour where prompts are shorter than the window.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def load(workload: Workload) -> SinkLlama:
     dtype = getattr(torch, workload.dtype)
     model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=dtype)
     if not isinstance(model, LlamaForCausalLM):
-        raise SkippedError(f"written for Llama, not for {type(model).__name__}")
+        reason = f"written for Llama, not for {type(model).__name__}"
+        raise SkippedError(reason, everywhere=True)
     recent = workload.window - workload.sink_tokens
     return SinkLlama(
         model.to(device).eval(), workload.streams, workload.sink_tokens, recent
@@ -182,11 +184,15 @@ def run(workload: Workload, report: Report) -> Result:
     for step in range(workload.output_tokens):
         tokens = streams.read(tokens).argmax(-1, keepdim=True)
         tokens.tolist()  # a client is waiting for them
+        moment = time.perf_counter()
         for stream in range(workload.streams):
-            recorder.wrote(stream)
-        late = workload.seconds and recorder.elapsed > workload.seconds
+            recorder.wrote(stream, moment=moment)
+        late = 0 < workload.seconds < recorder.writing_seconds
         if late and step >= LEAST_STEPS:
             break
     return recorder.result(
-        workload.output_tokens, peak_rss_bytes=peak_bytes(), startup_seconds=startup
+        workload.output_tokens,
+        extrapolate=True,
+        peak_rss_bytes=peak_bytes(),
+        startup_seconds=startup,
     )

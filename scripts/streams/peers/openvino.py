@@ -42,7 +42,8 @@ def run(workload: Workload, report: Report, evict: bool = True) -> Result:
     try:
         pipeline = _start(workload, report, evict)
     except ModuleNotFoundError as error:
-        raise SkippedError(f"{sys.executable} has no module {error.name}") from error
+        reason = f"its Python has no module {error.name}"
+        raise SkippedError(reason, everywhere=True) from error
     startup = time.perf_counter() - begun
     report.phase("warming up")
     prompts = workload.prompts("warm-up")
@@ -129,10 +130,11 @@ def _write(
     ]
     while pipeline.has_non_finished_requests():
         pipeline.step()
+        moment = time.perf_counter()
         for stream, handle in enumerate(handles):
             if recorder and handle.can_read():
                 for output in handle.read().values():
-                    recorder.wrote(stream, len(output.generated_ids))
+                    recorder.wrote(stream, len(output.generated_ids), moment)
     return float(pipeline.get_metrics().max_cache_usage)
 
 

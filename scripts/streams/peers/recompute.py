@@ -7,8 +7,8 @@ several streams share steps. A window does not begin as the one before it did: t
 no prefix to cache.
 
 Past the window a token costs the same at any length of the text: the texts begin at
-``window`` tokens, and the run may stop after two tokens a stream and
-``workload.seconds``.
+``window`` tokens, and once all streams have a token the run may stop after two more of
+each and ``workload.seconds``. What whole texts would take is then estimated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(workload: Workload, report: Report) -> Result:
         figures = engine.figures()
         # A request of one step has given its blocks back when usage is reported.
         figures["kv_blocks_peak"] = None
-        return recorder.result(workload.output_tokens, **figures)
+        return recorder.result(workload.output_tokens, extrapolate=True, **figures)
     finally:
         engine.close()
 
@@ -66,8 +66,8 @@ def recompute(
                 continue
             stream = int(delta.name.partition("/")[0])
             texts[stream] += delta.tokens
-            recorder.wrote(stream)
-            late = workload.seconds and recorder.elapsed > workload.seconds
+            recorder.wrote(stream, moment=delta.moment)
+            late = 0 < workload.seconds < recorder.writing_seconds
             least = LEAST_TOKENS if late else workload.output_tokens
             if recorder.written(stream) < least:
                 ask(stream)
