@@ -8,7 +8,8 @@ in a process of its own, through these scenarios:
 - ``decode``: one stream that writes hundreds of thousands of tokens;
 - ``side-by-side``: many streams that write at once;
 - ``mixed``: one stream that writes beside short requests that come and go, which share
-  beginnings in the prefix cache; its tokens and theirs are compared with those alone;
+  beginnings in the prefix cache; its tokens and theirs are compared with those alone,
+  which are those of ``decode`` or, without it, are written before;
 - ``paired``: two engines as ``bench_overhead.py`` starts them, one with a stream that
   writes on and on, the other at every tenth of its text with a new one just past the
   window. Both step in turns, so that noise and drift of the machine fall on both; a
@@ -22,7 +23,8 @@ engine core to the next.
 The floor of the growth is what vLLM's own bookkeeping keeps of a request, in CPython:
 the engine core two list entries a token (16 bytes), the front end one (8 bytes), either
 an integer as well (32 bytes, none for the 262 smallest), and with prefix caching a hash
-a block (73 bytes). ``--stock`` measures it on stock vLLM. The worker needs nothing.
+a block (73 bytes). ``--stock`` measures it on stock vLLM, whose context bounds the
+texts. The worker needs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from array import array
@@ -46,14 +47,15 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 
 import bench_overhead
 import numpy as np
 import psutil
+from load.report import progress
+from load.server import role_of
 from provenance import provenance
+from streams.engine import Requests
 from streams.random_llama import write_random_llama
-from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
@@ -61,7 +63,23 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 SINK_TOKENS = 4
-SCENARIOS = ["prefill", "decode", "side-by-side", "mixed", "paired"]
+SCENARIOS = {
+    "prefill": "prefill_tokens",
+    "decode": "decode_tokens",
+    "side-by-side": "stream_tokens",
+    "mixed": "mixed_tokens",
+    "paired": "decode_tokens",
+}
+"""And the argument that says how many tokens each reads (``prefill``) or writes."""
+LENGTHS = {
+    "prefill_tokens": 4_000_000,
+    "decode_tokens": 300_000,
+    "stream_tokens": 8_000,
+    "mixed_tokens": 200_000,
+}
+"""Defaults of these arguments."""
+BEGINNING = 64
+"""Tokens of the prompt of a stream that writes."""
 TENTHS = 10
 CHUNK = 2048
 MEMORY_SECONDS = 0.5
@@ -114,8 +132,8 @@ class Series:
     blocks: array[float] = field(default_factory=lambda: array("d"))
 
 
-class Engine:
-    """vLLM in three processes, stepped from here."""
+class Engine(Requests):
+    """vLLM in three processes, stepped from here; texts are detokenized, as served."""
 
     def __init__(self, model: str, window: int, streams: int, stock: int) -> None:
         """Start it; ``stock`` is the context length of a stock engine, or 0."""
@@ -137,8 +155,10 @@ class Engine:
             distributed_executor_backend="mp",
             **options,
         )
-        self.engine = LLMEngine.from_engine_args(
-            arguments, stat_loggers=[BlockUsage], enable_multiprocessing=True
+        super().__init__(
+            LLMEngine.from_engine_args(
+                arguments, stat_loggers=[BlockUsage], enable_multiprocessing=True
+            )
         )
         cache = self.engine.vllm_config.cache_config
         self.num_blocks = int(cache.num_gpu_blocks)
@@ -146,10 +166,8 @@ class Engine:
         children = front_end.children(recursive=True)
         self.processes = {"front end": front_end}
         for child in children:
-            title = "".join(child.cmdline()) + child.name()
-            for role, mark in (("engine core", "EngineCore"), ("worker", "Worker")):
-                if mark in title:
-                    self.processes[role] = child
+            if (role := role_of(child)) != "other":
+                self.processes[role] = child
 
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
         """Add a greedy request that has no end but its length."""
@@ -219,10 +237,10 @@ def run_streams(
         engine.add(str(index), prompt, max_tokens)
     length = len(prompts[0])
     text, recorder = 0, Recorder(engine)
-    with progress(length + max_tokens, name) as bar:
-        while engine.engine.has_unfinished_requests():
-            for output in engine.engine.step():
-                outputs[output.request_id] += output.outputs[0].token_ids
+    with progress(length + max_tokens, name, "tok") as bar:
+        while engine.busy:
+            for delta in engine.step():
+                outputs[delta.name] += delta.tokens
             before = text
             text = (
                 length + len(outputs["0"])
@@ -237,7 +255,15 @@ def run_streams(
 def run_mixed(
     engine: Engine, prompt: list[int], max_tokens: int, alone: list[int], vocab: int
 ) -> tuple[Series, dict[str, Any]]:
-    """One stream beside short requests; their latency over its text."""
+    """One stream beside short requests; their latency over its text.
+
+    Args:
+        engine: started.
+        prompt: of the stream.
+        max_tokens: that it writes, unless the engine ends it before.
+        alone: what it writes alone.
+        vocab: token ids of the model.
+    """
     rng = random.Random(1)
     shared = [rng.randrange(vocab) for _ in range(SHORT_PROMPT)]
     kinds = [
@@ -256,30 +282,31 @@ def run_mixed(
     latencies: list[tuple[int, float, float]] = []
     firsts: dict[str, float] = {}
     number = wrong = 0
+    ended = False
     recorder = Recorder(engine)
-    with progress(max_tokens, "mixed") as bar:
-        while len(long) < max_tokens:
+    with progress(max_tokens, "mixed", "tok") as bar:
+        while not ended:
             while len(short) < SHORT_AT_ONCE and len(long) + 100 < max_tokens:
                 name = str(number)
                 short[name], begun[name] = [], time.perf_counter()
                 engine.add(name, kinds[number % len(kinds)], SHORT_OUTPUT)
                 number += 1
-            for output in engine.engine.step():
-                tokens = output.outputs[0].token_ids
-                name = output.request_id
+            for delta in engine.step():
+                name, tokens = delta.name, delta.tokens
                 if name == "long":
                     long += tokens
+                    ended = delta.finished
                     bar.update(len(tokens))
                     continue
                 firsts.setdefault(name, time.perf_counter() - begun[name])
                 short[name] += tokens
-                if output.finished:
+                if delta.finished:
                     wrong += short.pop(name) != expected[int(name) % len(kinds)]
                     total = time.perf_counter() - begun.pop(name)
                     latencies.append((len(long), firsts.pop(name), total))
             recorder.after_step(len(prompt) + len(long))
-    while engine.engine.has_unfinished_requests():
-        engine.engine.step()
+    while engine.busy:
+        list(engine.step())
     tenth = max(1, len(latencies) // TENTHS)
     same = [a == b for a, b in zip(long, alone, strict=False)]
     return recorder.series, {
@@ -327,11 +354,11 @@ def run_paired(model: str, context: int, max_tokens: int) -> list[dict[str, Any]
     marks = []
     names = {"long": "ours", "young": "ours"}
     with bench_overhead.engines(names, model, args) as engines:
-        text = 64 + bench_overhead.SETTLING_STEPS
+        text = BEGINNING + bench_overhead.SETTLING_STEPS
         compared_steps = bench_overhead.block_steps(args)
         most = 2 * (max_tokens + TENTHS * compared_steps)
-        command("begin", engines["long"], 1, 64, most)
-        with progress(max_tokens, "paired") as bar:
+        command("begin", engines["long"], 1, BEGINNING, most)
+        with progress(max_tokens, "paired", "tok") as bar:
             for tenth in range(TENTHS + 1):
                 goal = max(2 * context, max_tokens * tenth // TENTHS)
                 while text < goal:
@@ -392,20 +419,6 @@ def thin(series: Series, points: int = 400) -> dict[str, list[float]]:
     }
 
 
-def progress(total: int, name: str) -> Any:
-    """A bar on a terminal, a line a minute elsewhere, nothing without a name."""
-    interval = 0.2 if sys.stderr.isatty() else 60.0
-    return tqdm(
-        total=total,
-        desc=name,
-        unit="tok",
-        unit_scale=True,
-        mininterval=interval,
-        maxinterval=interval,
-        disable=not name,
-    )
-
-
 def run_model(
     model: str, vocab: int, args: argparse.Namespace, save: Callable[[Any], None]
 ) -> None:
@@ -413,21 +426,16 @@ def run_model(
     context = json.loads(Path(model, "config.json").read_text())
     window = context["max_position_embeddings"] - SINK_TOKENS - 1
     filled = context["max_position_embeddings"] + CHUNK
-    for scenario, option, per_step in (
-        ("prefill", "prefill_tokens", CHUNK),
-        ("decode", "decode_tokens", 1),
-        ("side-by-side", "stream_tokens", 1),
-        ("mixed", "mixed_tokens", 1),
-        ("paired", "decode_tokens", 1),
-    ):
-        least = filled + TENTHS * per_step
-        if scenario in args.scenarios and getattr(args, option) <= least:
-            raise SystemExit(
-                f"--{option.replace('_', '-')} must be above {least}: what is measured "
-                "is the text past the window"
-            )
+    for scenario in args.scenarios:
+        option = SCENARIOS[scenario]
+        least = filled + TENTHS * (CHUNK if scenario == "prefill" else 1)
+        if getattr(args, option) <= least:
+            needed = f"{flag(option)} must be above {least}"
+            if args.stock:
+                needed += f", --stock above {least + BEGINNING}"
+            raise SystemExit(f"{needed}: what is measured is the text past the window")
     rng = np.random.default_rng(0)
-    beginning = rng.integers(vocab, size=64).tolist()
+    beginning = rng.integers(vocab, size=BEGINNING).tolist()
     results: dict[str, Any] = {}
 
     def keep(name: str, summary: dict[str, Any], series: dict[str, Any]) -> None:
@@ -468,11 +476,16 @@ def run_model(
             report("decode", series)
         if "side-by-side" in wanted:
             prompts = [
-                rng.integers(vocab, size=64).tolist() for _ in range(args.streams)
+                rng.integers(vocab, size=BEGINNING).tolist()
+                for _ in range(args.streams)
             ]
             series, _ = run_streams(engine, prompts, args.stream_tokens, "side-by-side")
             report("side-by-side", series)
         if "mixed" in wanted:
+            if not alone:
+                _, (alone,) = run_streams(
+                    engine, [beginning], args.mixed_tokens, "alone"
+                )
             series, more = run_mixed(engine, beginning, args.mixed_tokens, alone, vocab)
             report("mixed", series, more)
 
@@ -521,34 +534,56 @@ def plot(models: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    """Run and print; write ``endless.json`` and ``endless.png`` as results come."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; stock vLLM's context bounds the lengths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
         action="append",
         help="a folder, or 'random' for random weights; default both of ours",
     )
-    parser.add_argument("--prefill-tokens", type=int, default=4_000_000)
-    parser.add_argument("--decode-tokens", type=int, default=300_000)
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--stream-tokens", type=int, default=8_000)
-    parser.add_argument("--mixed-tokens", type=int, default=200_000)
+    for option, length in LENGTHS.items():
+        parser.add_argument(flag(option), type=int, help=f"({length:,})")
+    parser.add_argument("--streams", type=int, default=32, help="side by side (32)")
     parser.add_argument(
-        "--scenarios",
-        nargs="+",
-        default=SCENARIOS,
-        choices=SCENARIOS,
+        "--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS)
     )
     parser.add_argument(
-        "--stock", type=int, default=0, help="stock vLLM of this context length instead"
+        "--stock",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="stock vLLM of this context length instead, which bounds the lengths",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("bench_out"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.stock:  # it compares streams
         args.scenarios = [name for name in args.scenarios if name != "paired"]
     if not args.scenarios:
         parser.error("--stock runs every scenario but paired")
+    for option, length in LENGTHS.items():
+        given = getattr(args, option)
+        if args.stock:
+            # It insists to write a token after a prompt.
+            most = args.stock - (1 if option == "prefill_tokens" else BEGINNING)
+            if given is not None and given > most:
+                parser.error(
+                    f"{flag(option)} must be at most {most} with --stock {args.stock}"
+                )
+            length = min(length, most)
+        setattr(args, option, length if given is None else given)
+    return args
+
+
+def flag(option: str) -> str:
+    """How the command line names an argument."""
+    return f"--{option.replace('_', '-')}"
+
+
+def main() -> None:
+    """Run and print; write ``endless.json`` and ``endless.png`` as results come."""
+    args = parse_arguments()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     models: dict[str, Any] = {}
     args.output_dir.mkdir(parents=True, exist_ok=True)
 

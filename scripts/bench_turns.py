@@ -14,7 +14,8 @@ own needs ``--enable-prompt-tokens-details``); the others were computed. For com
 - ``--server`` can be one of stock vLLM, as far as its context reaches.
 
 With ``fastokens`` installed, vLLM tokenizes by it where ``VLLM_USE_FASTOKENS=1`` is in
-the environment, which the server inherits.
+the environment, which the server inherits. ``turns.json`` has what of it the server
+was given, and None of a ``--server``.
 
 The floor of a turn: its new tokens in one step, and a pass over the text of the history
 for JSON, the tokenizer, and vLLM's hashes of the blocks (73 bytes each, sha256 over
@@ -45,6 +46,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import httpx
+from load.events import EventError, event
 from load.report import progress
 from load.server import ServerError, running_server
 from load.workload import source_text
@@ -54,7 +56,6 @@ from sink_paged.evaluation.report import Table
 
 MESSAGE = 400
 """Characters of a message of a history."""
-ENVIRONMENT = ("VLLM_USE_FASTOKENS", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
 Message = dict[str, str]
 
 
@@ -110,6 +111,7 @@ class Client:
 
         Raises:
             ServerError: there was no answer.
+            EventError: the server sent an error in its place.
         """
         self.salts += salted
         body: dict[str, Any] = {
@@ -131,17 +133,14 @@ class Client:
             if response.is_error:
                 raise ServerError(f"HTTP {response.status_code}: {response.read()!r}")
             for line in response.iter_lines():
-                if not line.startswith("data: {"):
+                if (news := event(line)) is None:
                     continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise ServerError(f"the server sent {event['error']}")
-                for choice in event["choices"]:
+                for choice in news["choices"]:
                     text = choice["delta"].get("content")
                     if first is None and (text or choice["finish_reason"]):
                         first = time.perf_counter() - begin
                     texts.append(text or "")
-                usage = event.get("usage") or usage
+                usage = news.get("usage") or usage
         if first is None or usage is None:
             raise ServerError("the server sent no answer")
         return first, "".join(texts), usage
@@ -192,9 +191,11 @@ def measure(args: argparse.Namespace, url: str) -> list[Chat]:
 
 
 def milliseconds(seconds: list[float]) -> str | None:
-    """Median and quartiles."""
+    """Median and quartiles; a single value alone."""
     if not seconds:
         return None
+    if len(seconds) == 1:
+        return f"{1e3 * seconds[0]:.0f}"
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return f"{1e3 * median:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})"
 
@@ -281,24 +282,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run and print."""
-    args = parse_arguments()
+    args = parse_arguments(arguments)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     flags = ["--sink-eviction", "--enable-prompt-tokens-details"]
     flags += ["--disable-uvicorn-access-log", *args.serve_args]
-    log = args.output_dir / "turns.log"
+    log, environment = args.output_dir / "turns.log", None
     try:
         if args.server:
             chats = measure(args, args.server.rstrip("/"))
         else:
             with running_server(args.model, flags, log) as server:
+                environment = server.recorded_environment()
                 chats = measure(args, server.url)
-    except (ServerError, httpx.HTTPError) as error:
+    except (ServerError, EventError, httpx.HTTPError) as error:
         sys.exit(f"FAILED: {error}")
     result = {
         "provenance": provenance(),
-        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "environment": environment,
         "server_flags": None if args.server else flags,
         "chats": [asdict(chat) | {"messages": len(chat.messages)} for chat in chats],
     }

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 2048  # tokens that vLLM prefills in one step
+TAIL_LINES = 4  # of the text that are shown before the continuation
 BLOCK = 32  # tokens of a KV block: the smallest that vLLM's CPU kernels like
 
 
@@ -51,7 +52,7 @@ class Reading:
 
 @dataclass
 class Report:
-    """Everything that ``--json`` writes."""
+    """Everything that ``--json`` writes; ``tail`` is the last lines that were read."""
 
     model: str
     text: str
@@ -59,6 +60,7 @@ class Report:
     tokens: int
     losses_per_thousand: dict[str, list[float]] = field(default_factory=dict)
     table: list[dict[str, Any]] = field(default_factory=list)
+    tail: str = ""
     continuation: str = ""
     resident_tokens: int = 0
     peak_tokens: int = 0
@@ -232,22 +234,32 @@ def per_thousand(losses: np.ndarray) -> list[float]:
     return [round(float(losses[s : s + 1000].mean()), 5) for s in starts]
 
 
-def load_tokens(model: str, text: bytes, limit: int | None) -> list[int]:
-    """Tokens of the text, as the model's own tokenizer makes them."""
+def load_tokens(model: str, text: str, limit: int | None) -> tuple[list[int], str]:
+    """Tokens of the text, by the model's own tokenizer, and the last lines they hold.
+
+    Args:
+        model: its folder.
+        text: what to read.
+        limit: most tokens; None for all.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return list(tokenizer(text.decode(), verbose=False)["input_ids"])[:limit]
+    tokens = list(tokenizer(text, verbose=False)["input_ids"])[:limit]
+    read = tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return tokens, "".join(read.splitlines(keepends=True)[-TAIL_LINES:])
 
 
-def run_demo(args: argparse.Namespace) -> Report:
+def run_demo(args: argparse.Namespace, text: str) -> Report:
     """Read the text in the three ways, one engine at a time."""
     context = json.loads((args.model / "config.json").read_text())[
         "max_position_embeddings"
     ]
     model = str(args.model)
-    tokens = load_tokens(model, args.text.read_bytes(), args.tokens)
-    report = Report(args.model.name, args.text.name, context, len(tokens))
+    tokens, tail = load_tokens(model, text, args.tokens)
+    report = Report(args.model.name, args.text.name, context, len(tokens), tail=tail)
     say(
         f"{report.text}: {len(tokens):,} tokens, {len(tokens) / context:.0f} times the "
         f"trained context of {report.model} ({context})"
@@ -274,14 +286,14 @@ def run_demo(args: argparse.Namespace) -> Report:
     return report
 
 
-def print_report(report: Report, tail: str) -> None:
+def print_report(report: Report) -> None:
     """Print the table, the continuation and the cache's size."""
     print("\nmean loss, nats per token (lower is better)\n")
     print(format_table(report.table, report.context))
     print(f"\nstock vLLM, given all of it: {report.stock_refusal or 'accepted'}")
     print("dense: the same model without a limit, past the positions it was trained on")
     print(f"\nthe stream goes on after {report.tokens:,} tokens (sampled):\n")
-    for line in [*tail.splitlines()[-4:], "-- from here on the model --"]:
+    for line in [*report.tail.splitlines(), "-- from here on the model --"]:
         print(f"    {line}")
     for line in report.continuation.splitlines():
         print(f"    {line}")
@@ -297,7 +309,7 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -311,13 +323,18 @@ def parse_args() -> argparse.Namespace:
     add("--sink-window", type=int, help="default: what the context leaves")
     add("--json", type=Path, help="also write everything there")
     add("--verbose", action="store_true", help="show vLLM's own log")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     if not (args.model / "config.json").is_file():
         say(f"error: no model in {args.model}; see scripts/train_pocket_model.py")
+        return 2
+    try:
+        text = args.text.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        say(f"error: --text {args.text} is no readable UTF-8 text: {error}")
         return 2
     if "sink_paged" not in {e.name for e in entry_points(group="vllm.general_plugins")}:
         say("error: the package sink_paged is not installed in this Python")
@@ -329,8 +346,8 @@ def main() -> int:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     # The gauge of the cache in use must be that of one engine of this process.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    report = run_demo(args)
-    print_report(report, args.text.read_text()[: report.tokens])
+    report = run_demo(args, text)
+    print_report(report)
     if args.json:
         args.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     return 0

@@ -17,11 +17,12 @@ Starts the server itself, with a KV pool too small for its clients, and checks:
 - **faults**: with streams past the window, the engine core is killed, of another server
   the worker. Clients get errors, the log says what is gone, the server ends within a
   minute, nothing of it is left. The same on stock vLLM for comparison: the exit status
-  (0 in vLLM 0.32.0) must be the same.
+  (0 in vLLM 0.32.0) must be the same; with ``--no-stock`` it is not compared.
 
 Figures of the load are those of ``vllm bench serve``, by its key names, over answers
-that ended. Written to ``--output-dir``: ``load.json``, ``load.png`` and the servers'
-logs. The exit status is 1 if a check failed.
+that ended. Written to ``--output-dir``: ``load.json``, as soon as the load is over and
+again after each later check, ``load.png`` and the servers' logs. The exit status is 1
+if a check failed, be it by an error of the server.
 
 Examples::
 
@@ -48,14 +49,23 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import httpx
 import numpy as np
 from load.bad_requests import catalogue
-from load.clients import Clients
+from load.checks import (
+    OURS,
+    STOCK,
+    Failed,
+    compare_exit_statuses,
+    leaks,
+    reported,
+)
+from load.clients import Clients, Seen
 from load.exactness import Undisturbed, Verdict, spot_checks
-from load.faults import FaultError, kill_under_load
+from load.faults import kill_under_load
 from load.figures import bench_figures
-from load.memory import Samples, judge_memory
+from load.memory import Growth, Samples, judge_memory
 from load.report import plot, progress, table
 from load.server import Server, ServerError, extension_metrics, running_server
-from load.watch import SERIES, leftovers, observe, wait_until_idle
+from load.streaming import Answer
+from load.watch import SERIES, counters, observe, wait_until_idle
 from load.workload import Workload
 from provenance import provenance
 
@@ -70,9 +80,6 @@ QUICK: dict[str, Any] = {
     "eager": True,
     "no_stock": True,
 }
-
-
-OURS, STOCK = "sink eviction", "stock vLLM"
 STEP_TOKENS = 512
 """Most tokens of a step."""
 
@@ -83,19 +90,23 @@ def main() -> None:
     # As after Ctrl-C: the server that runs is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    flags = [*sink_flags(args), *server_flags(args)]
+    flags += ["--enforce-eager"] if args.eager else []
     try:
-        flags = [*sink_flags(args), *server_flags(args)]
-        flags += ["--enforce-eager"] if args.eager else []
         with running_server(args.model, flags, args.output_dir / "load.log") as server:
-            result = run_load(args, server) | {"server_flags": flags}
+            result, seen = run_load(args, server)
+            result["server_flags"] = flags
+            result["environment"] = server.recorded_environment()
+            save(args, result)
+            run_spot_checks(args, server, seen.finished, result)
             save(args, result)
             if not args.no_faults:
                 run_fault(args, server, OURS, "engine core", result)
-        if not args.no_faults:
-            run_other_faults(args, result)
-        save(args, result)
-    except (ServerError, FaultError) as error:
+    except (ServerError, httpx.HTTPError) as error:  # before there was a load
         sys.exit(f"FAILED: {error}")
+    if not args.no_faults:
+        run_other_faults(args, result)
+    save(args, result)
     print(table(result))
     print(f"written: {args.output_dir}/load.json, {args.output_dir}/load.png")
     sys.exit(bool(result["failed_checks"]))
@@ -133,8 +144,8 @@ def warm_up(server: Server) -> None:
             http.post("/v1/completions", json=body).raise_for_status()
 
 
-def run_load(args: argparse.Namespace, server: Server) -> dict[str, Any]:
-    """Load a server, wait until it is idle, compare answers; the figures."""
+def run_load(args: argparse.Namespace, server: Server) -> tuple[dict[str, Any], Seen]:
+    """Load a server and wait until it is idle; the figures, and what clients saw."""
     samples, series = Samples(), {name: [] for name in SERIES}
     workload = Workload(
         args.seed,
@@ -152,71 +163,79 @@ def run_load(args: argparse.Namespace, server: Server) -> dict[str, Any]:
         asyncio.run(observe(server, clients, args.concurrency, samples, series))
         duration = time.perf_counter() - begin
     seen = clients.seen
-    after, seconds = wait_until_idle(server)
-    comparisons = []
-    with progress(args.spot_checks, "spot checks", "answer") as bar:
-        undisturbed = Undisturbed(server.url, args.model)
-        checked = (undisturbed, seen.finished, args.spot_checks, args.seed)
-        for comparison in spot_checks(*checked):
-            comparisons.append(comparison)
-            bar.update()
-    last, _ = wait_until_idle(server)
-    failed = [("load", failure) for failure in seen.failures]
-    try:
-        memory = judge_memory(samples, args.output_tokens)
-    except ValueError as error:
-        memory = {}
-        failed.append(("memory", str(error)))
+    failed: Failed = [("load", failure) for failure in seen.failures]
     missing = {one.name for one in bad} - seen.refusals.keys()
-    preemptions = after["vllm:num_preemptions_total"]
     failed += [("bad requests", f"not sent: {name}") for name in sorted(missing)]
-    failed += [] if preemptions else [("preemption", "no stream was preempted")]
-    for name, metrics in (("load", after), ("spot checks", last)):
-        for what, value in leftovers(metrics).items():
-            failed.append(("leak", f"after the {name}: {what} is {value}"))
+    memory: dict[str, Growth] = {}
+    with reported("memory", failed):
+        memory = judge_memory(samples, args.output_tokens)
     for role, growth in memory.items():
         if not growth.ok:
             failed.append(("memory", f"{role} grew: {growth}"))
-    for comparison in comparisons:
-        if comparison.verdict is Verdict.DIFFERENT:
-            failed.append(("exactness", str(comparison)))
-    verdicts = Counter(comparison.verdict for comparison in comparisons)
-    hits, queries, written = (
-        after[name] - before[name]
-        for name in (
-            "vllm:prefix_cache_hits_total",
-            "vllm:prefix_cache_queries_total",
-            "vllm:generation_tokens_total",
-        )
-    )
-    plot(samples, series, args.output_tokens // 2, args.output_dir / "load.png")
-    return {
+    result = {
         **bench_figures(seen, duration),
         "written_output_tokens": seen.written,
-        "generation_tokens": written,
-        "preemptions": preemptions,
-        "prefix_cache_hit_share": hits / queries,
-        "seconds_until_idle": seconds,
         "counts": dict(seen.counts),
         "refusals": {name: dict(codes) for name, codes in seen.refusals.items()},
         "memory": {role: growth.to_json() for role, growth in memory.items()},
-        "spot_checks": {
-            "counts": {verdict.value: verdicts[verdict] for verdict in Verdict},
-            "tokens": sum(comparison.tokens for comparison in comparisons),
-            "comparisons": [
-                asdict(comparison) | {"verdict": comparison.verdict.value}
-                for comparison in comparisons
-            ],
-        },
-        "sink_paged_metrics": {
-            "start": extension_metrics(before),
-            "after_load": extension_metrics(after),
-            "end": extension_metrics(last),
-        },
+        "spot_checks": {"counts": {}, "tokens": 0, "comparisons": []},
+        "sink_paged_metrics": {"start": extension_metrics(before)},
         "series": series | {"rss": samples.rss},
         "faults": [],
+        "exit_status_as_stock": {},
         "failed_checks": failed,
     }
+    with reported("leak", failed):
+        after, seconds = wait_until_idle(server)
+        result |= counters(before, after) | {"seconds_until_idle": seconds}
+        result["sink_paged_metrics"]["after_load"] = extension_metrics(after)
+        failed += leaks("load", after)
+        if not result["preemptions"]:
+            failed.append(("preemption", "no stream was preempted"))
+    with reported("plot", failed):
+        half = args.output_tokens // 2
+        plot(samples, series, half, args.output_dir / "load.png")
+    return result, seen
+
+
+def run_spot_checks(
+    args: argparse.Namespace,
+    server: Server,
+    answers: list[Answer],
+    result: dict[str, Any],
+) -> None:
+    """Compare answers with undisturbed ones; adds to the result what came of it.
+
+    The first error ends them, and is a failed check.
+    """
+    comparisons = []
+    failed: Failed = result["failed_checks"]
+    with (
+        reported("spot checks", failed),
+        progress(args.spot_checks, "spot checks", "answer") as bar,
+    ):
+        undisturbed = Undisturbed(server.url, args.model)
+        for comparison in spot_checks(
+            undisturbed, answers, args.spot_checks, args.seed
+        ):
+            comparisons.append(comparison)
+            bar.update()
+    verdicts = Counter(comparison.verdict for comparison in comparisons)
+    result["spot_checks"] = {
+        "counts": {verdict.value: verdicts[verdict] for verdict in Verdict},
+        "tokens": sum(comparison.tokens for comparison in comparisons),
+        "comparisons": [
+            asdict(comparison) | {"verdict": comparison.verdict.value}
+            for comparison in comparisons
+        ],
+    }
+    for comparison in comparisons:
+        if comparison.verdict is Verdict.DIFFERENT:
+            failed.append(("exactness", str(comparison)))
+    with reported("leak", failed):
+        last, _ = wait_until_idle(server)
+        result["sink_paged_metrics"]["end"] = extension_metrics(last)
+        failed += leaks("spot checks", last)
 
 
 def run_fault(
@@ -228,11 +247,11 @@ def run_fault(
 ) -> None:
     """Kill a process of a server under load; adds to the result what came of it."""
     past = 2 * args.max_model_len
-    outcome = asyncio.run(kill_under_load(server, role, args.fault_streams, past))
-    result["faults"].append({"engine": engine} | outcome.to_json())
-    result["failed_checks"] += [
-        (f"{role} killed, {engine}", problem) for problem in outcome.problems()
-    ]
+    check, failed = f"{role} killed, {engine}", result["failed_checks"]
+    with reported(check, failed):
+        outcome = asyncio.run(kill_under_load(server, role, args.fault_streams, past))
+        result["faults"].append({"engine": engine} | outcome.to_json())
+        failed += [(check, problem) for problem in outcome.problems()]
 
 
 def run_other_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -245,18 +264,18 @@ def run_other_faults(args: argparse.Namespace, result: dict[str, Any]) -> None:
     cases = [(OURS, "worker", sink_flags(args))]
     if not args.no_stock:
         cases += [(STOCK, role, stock) for role in ("worker", "engine core")]
+    failed: Failed = result["failed_checks"]
     for engine, role, engine_flags in progress(cases, "faults", "server"):
         # vLLM's own placement gives the worker a process.
         own_process = {"VLLM_CPU_OMP_THREADS_BIND": "auto"} if role == "worker" else {}
         log = args.output_dir / f"{engine} {role}.log".replace(" ", "-")
         flags = [*engine_flags, *server_flags(args), "--enforce-eager"]
-        with running_server(args.model, flags, log, own_process) as server:
+        with (
+            reported(f"{role} killed, {engine}", failed),
+            running_server(args.model, flags, log, own_process) as server,
+        ):
             run_fault(args, server, engine, role, result)
-    for role in ("worker", "engine core"):
-        found = {f["exit_status"] for f in result["faults"] if f["killed"] == role}
-        if len(found) > 1:
-            why = f"exit statuses {found}"
-            result["failed_checks"].append((f"{role} killed, as stock vLLM", why))
+    result["exit_status_as_stock"] = compare_exit_statuses(result["faults"], failed)
 
 
 def save(args: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sink_paged.cli import merge_settings
+from sink_paged.config import CONFIG_KEY, SinkConfig
 from sink_paged.offline import (
     Engine,
     Output,
@@ -117,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         check_sampling(default_sampling(args))
         check_arguments(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
 
@@ -156,24 +157,36 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         sink = given(args, "sink_tokens", "sink_window")
         if "sink_window" in sink:
             sink["window_tokens"] = sink.pop("sink_window")
-        settings["additional_config"] = merge_settings(
-            settings.get("additional_config", {}), sink
-        )
+        settings["additional_config"] = merge_settings(additional_config(args), sink)
     return settings
 
 
+def additional_config(args: argparse.Namespace) -> Any:
+    """vLLM's argument of this name, as the user gave it."""
+    return dict(args.engine_arg).get("additional_config", {})
+
+
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that cannot work; raises ``ValueError``."""
+    """Refuse arguments that cannot work; raises ``ValueError`` or ``OSError``."""
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if not args.input.is_file():
         raise ValueError(f"--input {args.input} is not a file")
-    if not args.output.resolve().parent.is_dir():
-        raise ValueError(f"--output: no folder {args.output.resolve().parent}")
+    folder = args.output.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"--output: no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: nothing may be written into {folder}")
     if args.output.exists() and args.output.samefile(args.input):
         raise ValueError("--output is the input file")
+    if is_parquet(args.output) and not find_spec("pyarrow"):
+        raise ValueError(f"--output {args.output}: Parquet needs pyarrow")
+    if not isinstance(config := additional_config(args), dict):
+        raise ValueError(f"additional_config must be a JSON object, got {config!r}")
     if not args.stock:
         check_plugin()
+        SinkConfig.from_mapping(config.get(CONFIG_KEY, {}))
+        SinkConfig.from_mapping(engine_settings(args)["additional_config"][CONFIG_KEY])
     elif given(args, "sink_tokens", "sink_window"):
         raise ValueError("--stock has no sinks and no window")
     if args.ray:
@@ -184,6 +197,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_ray(args: argparse.Namespace) -> None:
     """Refuse what does not go with ``--ray``; raises ``ValueError``."""
+    gpus_per_engine(dict(args.engine_arg))
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
     if not all(find_spec(name) for name in ("ray", "pyarrow")):
@@ -258,20 +272,27 @@ def run_lines(
 
 
 def gpus_per_engine(settings: dict[str, Any]) -> int:
-    """GPUs that an engine of these settings needs."""
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-    return math.prod(settings.get(size) or 1 for size in sizes)
+    """GPUs that an engine of these settings needs.
+
+    Raises:
+        ValueError: a parallel size is no positive integer.
+    """
+    names = ("tensor_parallel_size", "pipeline_parallel_size")
+    sizes = {name: settings[name] for name in names if settings.get(name) is not None}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} must be an integer from 1, got {size!r}")
+    return math.prod(sizes.values())
 
 
 def run_file(args: argparse.Namespace, stop: Event) -> int:
     """Run the input file; returns the exit status."""
     problem: BaseException | None = None
     records = records_path(args.output)
+    lines = count_lines(args.input)
     with (
         Output(records, token_ids=args.token_ids) as output,
-        tqdm(
-            total=count_lines(args.input), unit="line", dynamic_ncols=True, miniters=0
-        ) as bar,
+        tqdm(total=lines, unit="line", dynamic_ncols=True, miniters=0) as bar,
     ):
         reader = RequestReader(read_lines(args.input), output.done)
         tally = Tally(bar)
@@ -293,7 +314,7 @@ def run_file(args: argparse.Namespace, stop: Event) -> int:
     if stop.is_set():
         return 130
     if problem is not None:
-        report(f"error: the engine failed: {problem!r}; run again to resume")
+        report(f"error: the run broke off: {problem!r}; run again to resume")
     return 1 if problem is not None or tally.failed else 0
 
 
@@ -306,6 +327,9 @@ def main(argv: list[str] | None = None) -> int:
     except UnusableError as error:
         report(f"error: {error}")
         return 2
+    except OSError as error:
+        report(f"error: the output is not complete: {error}; run again to resume")
+        return 1
     except KeyboardInterrupt:
         return 130
 

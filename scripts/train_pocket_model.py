@@ -135,9 +135,7 @@ class Trainer:
         prefixes = [[SINK, BOS], [SINK]] if args.sink_token else [[BOS]]
         self.prefix = prefixes[0]
         train, self.held_out = load_corpus()
-        kinds = ("packed", "lookup", "repeat")
-        shares = {kind: getattr(args, f"{kind}_share") for kind in kinds}
-        lines = args.lookup_lines
+        shares, lines = sample_shares(args), args.lookup_lines
         self.sampler = Sampler(train, prefixes, args.context, shares, lines)
         self.train_bytes = len(train)
         config = model_config(args.context, args.rope_theta)
@@ -187,8 +185,8 @@ class Trainer:
             logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none"
         )
 
-    def train_step(self) -> float:
-        """One update; the mean loss of its text samples."""
+    def train_step(self) -> float | None:
+        """One update; the mean loss of its text samples, None if there are none."""
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = self.args.learning_rate * rate_factor(
                 self.step, self.args.steps
@@ -204,8 +202,11 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        plain = round(self.args.batch_size * (1 - sum(self.sampler.shares.values())))
-        return float((losses * weights)[:plain].detach().mean())
+        plain = text_samples(self.args.batch_size, self.sampler.shares)
+        if not plain:
+            return None
+        text, counted = losses[:plain].detach(), weights[:plain]
+        return float((text * counted).sum() / counted.sum())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -256,15 +257,19 @@ class Trainer:
         }
         (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         if self.args.state is not None:
-            torch.save(self.state(), self.args.state)
+            partial = self.args.state.with_name(self.args.state.name + ".partial")
+            torch.save(self.state(), partial)
+            partial.replace(self.args.state)
 
     def run(self) -> None:
         """Train; save at every evaluation, so that a cut run leaves a usable model."""
-        args, recent = self.args, []
+        args = self.args
+        recent: list[float] = []
         before = time.monotonic() - self.seconds
         bar = tqdm(initial=self.step, total=args.steps, desc="training", mininterval=5)
         while self.step < args.steps:
-            recent.append(self.train_step())
+            if (loss := self.train_step()) is not None:
+                recent.append(loss)
             bar.update()
             if self.step % args.evaluate_every and self.step < args.steps:
                 continue
@@ -272,13 +277,24 @@ class Trainer:
             entry = {
                 "step": self.step,
                 "seconds": round(self.seconds),
-                "train_loss": round(float(np.mean(recent)), 4),
+                "train_loss": round(float(np.mean(recent)), 4) if recent else None,
                 **self.evaluate(),
             }
             recent = []
             self.log.append(entry)
             bar.write(json.dumps(entry))
             self.save()
+
+
+def sample_shares(args: argparse.Namespace) -> dict[str, float]:
+    """Shares of the kinds of samples that are not plain text."""
+    kinds = ("packed", "lookup", "repeat")
+    return {kind: getattr(args, f"{kind}_share") for kind in kinds}
+
+
+def text_samples(batch_size: int, shares: dict[str, float]) -> int:
+    """Samples of plain text, which come first in a batch of ``Sampler``: the rest."""
+    return batch_size - sum(round(batch_size * share) for share in shares.values())
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -341,7 +357,15 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--compile", action="store_true", help="faster steps after a minute or two")
     add("--threads", type=int, default=0, help="0: torch's default")
-    return parser.parse_args()
+    args = parser.parse_args()
+    shares = sample_shares(args)
+    if min(shares.values()) < 0 or text_samples(args.batch_size, shares) < 0:
+        parser.error(
+            f"the shares must be from 0, and not above {args.batch_size} samples in all"
+        )
+    if args.state is not None and not args.state.parent.is_dir():
+        parser.error(f"--state: no folder {args.state.parent}")
+    return args
 
 
 def main() -> None:

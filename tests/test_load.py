@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -12,19 +13,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from load import exactness  # noqa: E402
+from load import exactness, server  # noqa: E402
 from load.bad_requests import catalogue, is_refusal  # noqa: E402
+from load.events import EventError, event  # noqa: E402
 from load.exactness import Verdict, judge  # noqa: E402
 from load.faults import Outcome, first_naming_line  # noqa: E402
 from load.memory import LEAST_TOKENS, Samples, fit, judge_memory  # noqa: E402
 from load.server import extension_metrics, read_metrics  # noqa: E402
-from load.streaming import Answer  # noqa: E402
-from load.watch import leftovers  # noqa: E402
+from load.streaming import Answer, stream  # noqa: E402
+from load.watch import counters, leftovers  # noqa: E402
 from load.workload import Workload, request_body, source_text  # noqa: E402
 
 MIB = 1 << 20
@@ -269,6 +273,151 @@ def test_a_server_that_does_not_fail_loudly_has_problems() -> None:
     assert first_naming_line("INFO all is well\n") is None
 
 
+def test_a_load_without_prefix_cache_queries_has_no_share_of_hits() -> None:
+    names = ("prefix_cache_hits", "prefix_cache_queries", "generation_tokens")
+    before = {f"vllm:{name}_total": 0.0 for name in (*names, "num_preemptions")}
+    after = before | {"vllm:generation_tokens_total": 7.0}
+    assert counters(before, after) == {
+        "generation_tokens": 7,
+        "preemptions": 0,
+        "prefix_cache_hit_share": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'data: {"choices": []}\n', {"choices": []}),
+        ('data:{"a": 1}', {"a": 1}),
+        (b"\n", None),
+        ("", None),
+        (b": ping\n", None),
+        (b"event: ping\n", None),
+        (b"data: [DONE]\n", None),
+        ("data: [DONE]", None),
+    ],
+)
+def test_events(line: bytes | str, said: dict[str, Any] | None) -> None:
+    assert event(line) == said
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'data: {"error": {"code": 400}}\n', "the server sent {'code': 400}"),
+        ("data: {half", "not JSON"),
+        ("data: [1]", "no object"),
+    ],
+)
+def test_events_that_are_errors(line: bytes | str, message: str) -> None:
+    with pytest.raises(EventError, match=message):
+        event(line)
+
+
+def ask(lines: list[bytes], most: int | None = None) -> Answer:
+    """What a client makes of a stream; its longest line has 2,000 bytes."""
+
+    async def answering(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for line in lines:
+            await response.write(line + b"\n\n")
+        return response
+
+    async def asking() -> Answer:
+        application = web.Application()
+        application.router.add_post("/v1/completions", answering)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0]
+        answer = Answer(0, {})
+        try:
+            async with aiohttp.ClientSession(
+                f"http://{host}:{port}", read_bufsize=1000
+            ) as http:
+                await stream(
+                    http, "/v1/completions", {}, answer, lambda tokens: None, most
+                )
+        finally:
+            await runner.cleanup()
+        return answer
+
+    return asyncio.run(asking())
+
+
+def written(tokens: list[int], reason: str | None = None) -> bytes:
+    choice = {"token_ids": tokens, "text": "a" * len(tokens), "finish_reason": reason}
+    return b"data: " + json.dumps({"choices": [choice]}).encode()
+
+
+def test_a_stream_is_read_to_its_end() -> None:
+    answer = ask([written([1]), b": ping", written([2, 3], "length"), b"data: [DONE]"])
+    assert answer.tokens == [1, 2, 3]
+    assert "".join(answer.text) == "aaa"
+    assert answer.finish_reason == "length"
+    assert answer.timing.success
+    assert not answer.left
+    assert ask([written([1]), written([2]), written([3], "length")], 2).left
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        (b"data: " + b"x" * 5000, aiohttp.ClientPayloadError, "too long"),
+        (b'data: {"error": "broken"}', EventError, "the server sent broken"),
+        (b"data: [DONE]", aiohttp.ClientPayloadError, "without a finish reason"),
+    ],
+)
+def test_a_stream_that_breaks_off(
+    line: bytes, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ask([written([1]), line])
+
+
+def test_a_users_variables_reach_the_server() -> None:
+    user = {
+        "HF_HUB_OFFLINE": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    assert server.server_environment(user) == {
+        "HF_HUB_OFFLINE": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    assert server.server_environment({}) == server.SETTINGS
+
+
+def test_what_a_server_was_given_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The caller's variables go before the user's."""
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(
+        server.subprocess, "Popen", lambda command, **how: started.update(how)
+    )
+    for name in server.RECORDED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    given = server.Server("m", [], tmp_path / "log", bind)
+    recorded = given.recorded_environment()
+    assert recorded == {
+        "OMP_NUM_THREADS": None,
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": "auto",
+        "VLLM_USE_FASTOKENS": None,
+    }
+    assert recorded == {name: started["env"].get(name) for name in recorded}
+
+
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     """The script from end to end: every check but memory's, judged, and passed."""
@@ -299,6 +448,8 @@ def test_quick_run(tmp_path: Path) -> None:
     assert result["spot_checks"]["counts"]["different"] == 0
     assert sum(result["spot_checks"]["counts"].values()) == 10
     assert result["memory"] == {}
+    assert result["exit_status_as_stock"] == {"worker": None, "engine core": None}
+    assert "exit status as stock vLLM  not compared" in done.stdout
     assert [fault["killed"] for fault in result["faults"]] == ["engine core", "worker"]
     for fault in result["faults"]:
         assert sum(fault["client_errors"].values()) == fault["streams"] + 1

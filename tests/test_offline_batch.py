@@ -392,6 +392,110 @@ def test_unusable_arguments_exit_with_2(wrong: list[str], tmp_path: Path) -> Non
     assert exit_info.value.code == 2
 
 
+def run_script(folder: Path, *more: str, source: str = '{"prompt": "a"}') -> int:
+    """The exit status of a run on a fake engine, or of its arguments."""
+    (folder / "in.jsonl").write_text(source)
+    files = ["--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
+    try:
+        return batch.main(["--model", "m", *files, *more])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script starts ``FakeEngine`` and leaves the signals alone."""
+    monkeypatch.setattr(batch, "start_vllm", lambda *args, **kwargs: FakeEngine())
+    monkeypatch.setattr(batch, "stop_on_signals", lambda *args, **kwargs: None)
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_the_script_runs_a_file(tmp_path: Path) -> None:
+    assert run_script(tmp_path, "--engine-arg", 'additional_config={"other": 1}') == 0
+    assert [r["text"] for r in records(tmp_path / "out.jsonl")] == ["A"]
+    assert run_script(tmp_path, source='{"id": 2, "prompt": "refuse"}') == 1
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["additional_config=foo"], "must be a JSON object, got 'foo'"),
+        (["additional_config=[1]"], "must be a JSON object, got [1]"),
+        (['additional_config={"sink_paged":5}'], "mapping of settings"),
+        (['additional_config={"sink_paged":null}'], "mapping of settings"),
+        (['additional_config={"sink_paged":{"sinks":1}}'], "unknown setting"),
+        (["tensor_parallel_size=two", "--ray"], "must be an integer from 1"),
+        (["pipeline_parallel_size=0", "--ray"], "must be an integer from 1"),
+    ],
+)
+def test_unusable_engine_arguments_exit_with_2(
+    wrong: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(tmp_path, "--engine-arg", *wrong) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_window_below_1_exits_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(tmp_path, "--sink-window", "0") == 2
+    assert "window_tokens must be in [1" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["--output", "/proc/out.jsonl"], "the output cannot be used"),
+        (["--output", f"/tmp/{'a' * 300}.jsonl"], "File name too long"),
+        (["--output", "/tmp"], "is not a regular file"),
+        (["--input", "/proc/self/mem"], "/proc/self/mem cannot be read"),
+    ],
+)
+def test_unusable_files_exit_with_2(
+    files: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also of root, whom permissions do not stop."""
+    assert run_script(tmp_path, *files) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_folder_that_cannot_be_written_exits_with_2(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batch.os, "access", lambda *args: False)
+    assert run_script(tmp_path) == 2
+    assert "nothing may be written into" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_run_that_cannot_be_finished_exits_with_1(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is finished is kept, and the message says what to do."""
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(batch, "sort_output", full)
+    assert run_script(tmp_path, "--keep-order") == 1
+    message = "No space left on device; run again to resume"
+    assert message in capsys.readouterr().err
+    assert [r["text"] for r in records(tmp_path / "out.jsonl")] == ["A"]
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a trained length of 64 and the byte tokenizer."""

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,113 @@ def test_a_cut_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert steps == [[2, 4], [2, 4]]
     assert len(logs[0][0]["first_token_share"]) == 4
     assert logs[0][1]["held_out_loss"] == logs[1][1]["held_out_loss"]
+
+
+@pytest.mark.parametrize(
+    ("size", "shares"),
+    [
+        (64, (0.4, 0.2, 0.15)),
+        (8, (0.25, 0.25, 0.25)),
+        (4, (0.5, 0.5, 0)),
+        (3, (0, 0, 0)),
+    ],
+)
+def test_text_samples_are_those_of_the_sampler(
+    size: int, shares: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = dict(zip(("packed", "lookup", "repeat"), shares, strict=True))
+    text = np.frombuffer(b"x = 1\n" * 1000, np.uint8)
+    sampler = Sampler(text, [[256]], CONTEXT, kinds, lookup_lines=100)
+    drawn: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        draw = sampler.kinds[name]
+
+        def draw_one(*args: object) -> object:
+            drawn[name] += 1
+            assert name != "plain" or drawn.total() == drawn["plain"], "it comes first"
+            return draw(*args)
+
+        monkeypatch.setitem(sampler.kinds, name, draw_one)
+
+    for name in list(sampler.kinds):
+        counted(name)
+    sampler.batch(size, np.random.default_rng(0))
+    assert drawn["plain"] == training.text_samples(size, kinds)
+
+
+class EvenLoss(torch.nn.Module):
+    """Of a vocabulary of 320, every token is as likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(320))
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> object:
+        logits = self.weight.expand(*input_ids.shape, -1)
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.mark.parametrize("plain_share", [0.5, 0.0])
+def test_train_loss_is_the_mean_of_text_that_counts(
+    plain_share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The prefix of two tokens does not; None where no sample is plain text."""
+    arguments = ["--output", str(tmp_path), "--batch-size", "4", "--sink-token"]
+    arguments += ["--context", str(CONTEXT), "--lookup-share", "0"]
+    arguments += ["--packed-share", str(1 - plain_share), "--repeat-share", "0"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    trainer = training.Trainer(training.parse_args())
+    trainer.model = EvenLoss()
+    trainer.optimizers = []
+    loss = trainer.train_step()
+    if plain_share:
+        assert loss == pytest.approx(math.log(320), rel=1e-3)
+    else:
+        assert loss is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--packed-share", "0.8", "--lookup-share", "0.5"], "the shares must be from"),
+        (["--packed-share", "-0.1"], "the shares must be from"),
+        (["--state", "missing/state.pt"], "--state: no folder missing"),
+    ],
+)
+def test_unusable_arguments_are_refused(
+    wrong: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--output", "out", *wrong])
+    with pytest.raises(SystemExit) as stop:
+        training.parse_args()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_state_is_replaced_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run that is killed while it writes leaves the state before."""
+    state = tmp_path / "state.pt"
+    options = ("--evaluate-every", "1", "--state", str(state))
+    train(monkeypatch, tmp_path / "a", "--steps", "1", *options)
+    before = state.read_bytes()
+    save = torch.save
+
+    def killed(document: object, path: Path) -> None:
+        save(document, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, tmp_path / "a", "--steps", "2", *options)
+    assert state.read_bytes() == before
+    monkeypatch.setattr(training.torch, "save", save)
+    train(monkeypatch, tmp_path / "a", "--steps", "2", *options)
+    assert torch.load(state, weights_only=False)["step"] == 2
+    assert not list(tmp_path.glob("*.partial"))

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 
 from load.bad_requests import BadRequest, is_refusal
+from load.events import EventError
 from load.streaming import Answer, stream
 from load.workload import Session, Turn, Workload, request_body
 
@@ -134,7 +135,7 @@ class Clients:
             counts["retries"] += attempt
             try:
                 await self._attempt(http, path, body, answer, disconnect)
-            except (aiohttp.ClientError, TimeoutError) as error:
+            except (aiohttp.ClientError, EventError, TimeoutError) as error:
                 counts["failed"] += 1
                 self.seen.failures.append(f"session {session.number}: {error!r}")
                 return None

@@ -89,7 +89,8 @@ async def kill_under_load(
         past: tokens that each has written before.
 
     Raises:
-        FaultError: there is no such process, or a stream ended before the kill.
+        FaultError: there is no such process, or a stream ended before the kill, or
+            they took longer than ``FILLING``.
     """
     victims = server.processes().get(role)
     if not victims:
@@ -104,11 +105,7 @@ async def kill_under_load(
             asyncio.ensure_future(_write(http, server.model, answer))
             for answer in answers
         ]
-        deadline = time.monotonic() + FILLING
-        while min(len(answer.tokens) for answer in answers) < past:
-            if any(task.done() for task in writing) or time.monotonic() > deadline:
-                raise FaultError(f"a stream ended too early: {server.log_tail()}")
-            await asyncio.sleep(0.1)
+        await _wait_until_past(server, writing, answers, past)
         victims[0].kill()
         killed = time.monotonic()
         late = asyncio.ensure_future(_write(http, server.model, Answer(streams, {})))
@@ -132,6 +129,22 @@ async def kill_under_load(
         [_title(process) for process in server.survivors()],
         first_naming_line(server.log.read_text(errors="replace")),
     )
+
+
+async def _wait_until_past(
+    server: Server, writing: list[asyncio.Task[None]], answers: list[Answer], past: int
+) -> None:
+    deadline = time.monotonic() + FILLING
+    while (fewest := min(len(answer.tokens) for answer in answers)) < past:
+        for ended in (task for task in writing if task.done()):
+            why = ended.exception() or "its answer is complete"
+            raise FaultError(f"a stream ended too early: {why}; {server.log_tail()}")
+        if time.monotonic() > deadline:
+            raise FaultError(
+                f"after {FILLING:g} s a stream had {fewest} tokens of {past}: "
+                f"{server.log_tail()}"
+            )
+        await asyncio.sleep(0.1)
 
 
 async def _write(http: aiohttp.ClientSession, model: str, answer: Answer) -> None:

@@ -30,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
         ("preemptions", "{:.0f}"),
         ("prefix_cache_hit_share", "{:.1%}"),
     ):
-        if key in result:
+        if result.get(key) is not None:
             rows.append((key.replace("_", " "), form.format(result[key])))
     rows += [(name, f"{count:,}") for name, count in sorted(result["counts"].items())]
     for role, growth in result["memory"].items():
@@ -57,6 +57,11 @@ def table(result: dict[str, Any]) -> str:
                 + f" with status {fault['exit_status']}",
             )
         )
+    answers = {True: "yes", False: "no", None: "not compared"}
+    rows += [
+        (f"{role} killed, exit status as stock vLLM", answers[same])
+        for role, same in result["exit_status_as_stock"].items()
+    ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     lines += [f"FAILED: {name}: {why}" for name, why in result["failed_checks"]]
@@ -106,7 +111,10 @@ def plot(
 
 
 def progress(what: Any, name: str, unit: str) -> Any:
-    """A bar on a terminal, a line now and then elsewhere; over a number or a list."""
+    """A bar on a terminal, a line now and then elsewhere; over a number or a list.
+
+    Nothing is shown without a name.
+    """
     counted = {"total": what} if isinstance(what, int) else {"iterable": what}
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
@@ -116,4 +124,5 @@ def progress(what: Any, name: str, unit: str) -> Any:
         unit_scale=isinstance(what, int),
         mininterval=interval,
         maxinterval=interval,
+        disable=not name,
     )

@@ -27,9 +27,16 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
-"""Environment of every server; the KV pool is set by its number of blocks."""
-CLEARED = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
-"""Variables of this process that would change where the server's parts run."""
+"""Environment of every server where the user's has none of these."""
+OWN = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+"""Variables that scripts and tests set for their own process, not for a server."""
+RECORDED = (
+    "OMP_NUM_THREADS",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_USE_FASTOKENS",
+)
+"""Variables that figures depend on."""
 
 
 class ServerError(Exception):
@@ -43,6 +50,7 @@ class Server:
         url: base URL.
         model: the name that requests give.
         log: file of what its processes print.
+        environment: variables that it was given.
         process: the API server, root of the process tree.
     """
 
@@ -53,20 +61,23 @@ class Server:
         log: Path,
         environment: Mapping[str, str],
     ) -> None:
-        """Start it; it may take a minute until ``wait`` returns."""
+        """Start it; it may take a minute until ``wait`` returns.
+
+        ``environment`` goes before the user's variables.
+        """
         port = get_open_port()
         self.url = f"http://127.0.0.1:{port}"
         self.model, self.log = model, log
         command = [str(Path(sys.executable).with_name("vllm")), "serve", model]
         self.command = [*command, "--port", str(port), *flags]
-        kept = {k: v for k, v in os.environ.items() if k not in CLEARED}
+        self.environment = {**server_environment(), **environment}
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=kept | SETTINGS | dict(environment),
+                env=self.environment,
                 start_new_session=True,
             )
         self._seen: dict[int, psutil.Process] = {}
@@ -89,6 +100,10 @@ class Server:
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         return False
 
+    def recorded_environment(self) -> dict[str, str | None]:
+        """Variables that its figures depend on; None for what it was not given."""
+        return {name: self.environment.get(name) for name in RECORDED}
+
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Its living processes by role: API server, engine core, worker, other."""
         roles: dict[str, list[psutil.Process]] = {}
@@ -96,7 +111,7 @@ class Server:
             root = psutil.Process(self.process.pid)
             for process in (root, *root.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    role = "API server" if process == root else _role(process)
+                    role = "API server" if process == root else role_of(process)
                     self._seen[process.pid] = process
                     roles.setdefault(role, []).append(process)
         return roles
@@ -128,7 +143,13 @@ class Server:
         return self.process.wait()
 
 
-def _role(process: psutil.Process) -> str:
+def server_environment(user: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of every server; those of the ``user`` go before ``SETTINGS``."""
+    return SETTINGS | {k: v for k, v in user.items() if k not in OWN}
+
+
+def role_of(process: psutil.Process) -> str:
+    """Which part of vLLM it is: ``engine core``, ``worker`` or ``other``."""
     title = "".join(process.cmdline()) + process.name()
     for role, mark in (("engine core", "EngineCore"), ("worker", "Worker")):
         if mark in title:
@@ -150,7 +171,14 @@ def running_server(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """A server that answers, stopped at the end with all of its processes."""
+    """A server that answers, stopped at the end with all of its processes.
+
+    Args:
+        model: what it serves.
+        flags: of ``vllm serve``, beside ``--port``.
+        log: file of what its processes print.
+        environment: variables that go before the user's.
+    """
     server = Server(model, flags, log, environment or {})
     try:
         server.wait()

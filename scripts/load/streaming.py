@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
+
+from load.events import event
 
 
 @dataclass
@@ -58,6 +60,7 @@ async def stream(
 
     Raises:
         aiohttp.ClientError: the server refused or broke off.
+        EventError: it sent an error in place of the rest.
     """
     timing = answer.timing
     last = timing.start_time = time.perf_counter()
@@ -65,14 +68,11 @@ async def stream(
         if response.status != 200:
             reason = (await response.text())[:300]
             raise aiohttp.ClientPayloadError(f"HTTP {response.status}: {reason}")
-        async for line in response.content:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+        while line := await _next_line(response):
+            if (news := event(line)) is None:
                 continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise aiohttp.ClientPayloadError(f"error event: {event['error']}")
-            answer.prompt = event.get("prompt_token_ids") or answer.prompt
-            for choice in event["choices"]:
+            answer.prompt = news.get("prompt_token_ids") or answer.prompt
+            for choice in news["choices"]:
                 answer.prompt = choice.get("prompt_token_ids") or answer.prompt
                 tokens = choice.get("token_ids") or []
                 if tokens:
@@ -96,3 +96,11 @@ async def stream(
     timing.latency = last - timing.start_time
     timing.output_tokens, timing.prompt_len = len(answer.tokens), len(answer.prompt)
     timing.success = answer.finish_reason is not None
+
+
+async def _next_line(response: aiohttp.ClientResponse) -> bytes:
+    """A line of the answer, empty at its end."""
+    try:
+        return await response.content.readline()
+    except (ValueError, HttpProcessingError) as error:  # by the version of aiohttp
+        raise aiohttp.ClientPayloadError(f"a line is too long: {error}") from error

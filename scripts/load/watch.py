@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from typing import Any
 
 import httpx
 
@@ -41,7 +42,7 @@ async def observe(
     while not running.done():
         tokens = clients.seen.written
         samples.take(server, tokens)
-        with contextlib.suppress(httpx.TransportError):
+        with contextlib.suppress(httpx.HTTPError):
             metrics = await asyncio.to_thread(server.metrics)
             for name, metric in SERIES.items():
                 series[name].append(metrics[metric] if metric else tokens)
@@ -67,3 +68,20 @@ def leftovers(metrics: dict[str, float]) -> dict[str, float]:
     gauges = [SERIES[name] for name in ("running", "waiting", "kv_cache_usage")]
     ours = [n for n in extension_metrics(metrics) if not n.endswith("_total")]
     return {name: metrics[name] for name in (*gauges, *ours) if metrics[name]}
+
+
+def counters(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    """What a load added to the server's counters; no share of hits without queries."""
+    hits, queries, written = (
+        after[name] - before[name]
+        for name in (
+            "vllm:prefix_cache_hits_total",
+            "vllm:prefix_cache_queries_total",
+            "vllm:generation_tokens_total",
+        )
+    )
+    return {
+        "generation_tokens": written,
+        "preemptions": after["vllm:num_preemptions_total"],
+        "prefix_cache_hit_share": hits / queries if queries else None,
+    }

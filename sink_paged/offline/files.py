@@ -45,12 +45,19 @@ def records_path(output: Path) -> Path:
 
 
 def count_lines(path: Path) -> int:
-    """Lines of the input that are not blank."""
+    """Lines of the input that are not blank.
+
+    Raises:
+        UnusableError: it cannot be read.
+    """
     if is_parquet(path):
         with _open_parquet(path) as file:
             return int(file.metadata.num_rows)
-    with path.open("rb") as lines:
-        return sum(1 for raw in lines if raw.strip())
+    try:
+        with path.open("rb") as lines:
+            return sum(1 for raw in lines if raw.strip())
+    except OSError as error:
+        raise UnusableError(f"{path} cannot be read: {error}") from error
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -71,6 +78,8 @@ def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise UnusableError(f"{path} is not Parquet: {error}") from error
+    except OSError as error:
+        raise UnusableError(f"{path} cannot be read: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[bytes]:

@@ -32,13 +32,17 @@ class Output:
         """Open ``path``; ``token_ids``: records hold the output's token ids too.
 
         Raises:
-            UnusableError: the file holds something that no earlier run wrote.
+            UnusableError: the file holds something that no earlier run wrote, or
+                cannot be read or written.
         """
         self.done: set[LineId] = set()
         self._token_ids = token_ids
-        if path.exists():
-            self._take_over(path)
-        self._file = path.open("ab")
+        try:
+            if path.exists():
+                self._take_over(path)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise UnusableError(f"the output cannot be used: {error}") from error
 
     def __enter__(self) -> Self:
         """Return the output, to be closed at the end of the block."""
