@@ -126,7 +126,7 @@ def measure(
             most = steps + 2 * settling
             for name, connection in connections.items():
                 command("begin", connection, streams, lengths[name], most)
-            half = args.blocks // 2
+            half = args.blocks // 4 * 2  # even: who begins goes on to alternate
             times = in_turns(connections, half, args.steps, bar.update)
             if args.profile_steps:  # here, where both keep as many tokens
                 for name, connection in connections.items():
