@@ -34,6 +34,7 @@ def drafting(method: str, *arguments: str) -> Any:
         ["slots_of_far_positions", "prefix_cache_hits"],
         ["several_groups"],
         ["several_groups_cuda", "--cuda-backend"],
+        ["sessions"],
         ["preemption"],
         drafting("draft_model", "speculation", "speculation_seeds"),
         drafting("draft_model", "speculation_cuda", "--cuda-backend"),

@@ -8,6 +8,7 @@ Everything else, scheduler, requests, block tables, sampler, is what a GPU has.
 As a plugin of pytest it makes other tests run on V2: ``-p tests.v2_cases -m family``.
 """
 
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -77,6 +78,7 @@ if "--cuda-backend" in sys.argv:
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     platforms.current_platform.has_device_capability = lambda *_, **__: True
 
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID  # noqa: E402
 
 from sink_paged.attention import flash  # noqa: E402
@@ -86,6 +88,7 @@ from sink_paged.runner_v2 import requests  # noqa: E402
 from tests.attention_batches import window_attention  # noqa: E402
 from tests.engines import (  # noqa: E402
     GOLDEN,
+    async_scheduling,
     check_prefix_hits,
     core,
     drafted_error,
@@ -193,6 +196,15 @@ class Text(NamedTuple):
     sure: int
 
 
+def gaps_of(written: Any) -> list[float]:
+    """Log-probability of each token's best alternative below that of the best."""
+    gaps = []
+    for entry in written.logprobs:
+        best, second = sorted(entry.values(), key=lambda item: item.rank)[:2]
+        gaps.append(best.logprob - second.logprob)
+    return gaps
+
+
 def sampled(llm: Any, num_tokens: int) -> list[Text]:
     """Texts by everything that looks back: penalties, bad words, seeds."""
     bad = greedy(num_tokens, logprobs=2)
@@ -208,10 +220,7 @@ def sampled(llm: Any, num_tokens: int) -> list[Text]:
     texts = []
     for output, asked in zip(generate(llm, prompts, params), params, strict=True):
         tokens = list(output.outputs[0].token_ids)
-        gaps = []
-        for entry in output.outputs[0].logprobs:
-            best, second = sorted(entry.values(), key=lambda item: item.rank)[:2]
-            gaps.append(best.logprob - second.logprob)
+        gaps = gaps_of(output.outputs[0])
         sure = next((i for i, gap in enumerate(gaps) if gap < SURE), len(gaps))
         texts.append(Text(tokens, 20 if asked.seed else sure))
     return texts
@@ -283,6 +292,61 @@ def prefix_cache_hits() -> None:
         check_prefix_hits(llm, IDS[:200], 16)
 
 
+def converse(llm: Any, pieces: list[list[int]], num_written: int) -> list[list[int]]:
+    """What a prompt in pieces gets after each, the next of which comes then."""
+    front = llm.llm_engine
+    params = greedy(num_written, output_kind=RequestOutputKind.DELTA)
+    answers: list[list[int]] = []
+    name = ""
+    for number, piece in enumerate([*pieces, [0]]):  # the last only ends the session
+        resumable = number < len(pieces)
+        request = front.input_processor.process_inputs(
+            name or "session",
+            {"prompt_token_ids": [*piece]},
+            params,
+            supported_tasks=("generate",),
+            resumable=resumable,
+        )
+        if not name:
+            front.input_processor.assign_request_id(request)
+            name = request.request_id
+        request.external_req_id = "session"
+        front.output_processor.add_request(request, None, None, 0)
+        # In a server the core has a list of its own; both append to theirs.
+        sent = copy.copy(request)
+        sent.prompt_token_ids = [*request.prompt_token_ids]
+        front.engine_core.add_request(sent)
+        if not resumable:
+            front.step()
+            break
+        answers.append([])
+        while len(answers[-1]) < num_written:
+            for output in front.step():
+                answers[-1] += output.outputs[0].token_ids
+    return answers
+
+
+def sessions() -> None:
+    """A prompt in pieces gets what its text as one prompt gets, and leaves nothing."""
+    pieces = [IDS[:90], IDS[90:100], IDS[100:300]]
+    with pytest.MonkeyPatch.context() as patch:
+        async_scheduling(patch)
+        options = {"max_num_batched_tokens": 64, "async_scheduling": True}
+        with engine(GOLDEN, WINDOW, **options) as llm:
+            assert type(core(llm).scheduler).__name__ == "AsyncScheduler"
+            text: list[int] = []
+            for piece, answer in zip(pieces, converse(llm, pieces, 5), strict=True):
+                text += piece
+                written = generate(llm, [text], greedy(5, logprobs=2))[0].outputs[0]
+                sure = next(
+                    (i for i, gap in enumerate(gaps_of(written)) if gap < SURE), 5
+                )
+                assert sure > 1
+                assert answer[:sure] == list(written.token_ids)[:sure]
+                text += answer[:-1]  # the last is not read: the next piece follows
+            assert pool_is_empty(llm)
+
+
 def several_groups() -> None:
     """Layers that keep different tokens: three KV-cache groups, each with its table."""
     check_groups()
@@ -328,6 +392,7 @@ CASES: dict[str, Callable[[], None]] = {
         prefix_cache_hits,
         several_groups,
         several_groups_cuda,
+        sessions,
         preemption,
         *SPECULATION,
     )
