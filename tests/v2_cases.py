@@ -11,7 +11,8 @@ As a plugin of pytest it makes other tests run on V2: ``-p tests.v2_cases -m fam
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -157,8 +158,9 @@ def eight_bit_cache() -> None:
     assert worst(losses["replayed"], losses["fp8"]) < 1e-4
 
 
-def flash_attention_route() -> None:
-    """Chunks of a prompt through FlashAttention, single tokens not: the same losses."""
+@contextmanager
+def flash_queries() -> Iterator[list[int]]:
+    """Stand in for FlashAttention; most tokens of a request, of each call."""
     queries: list[int] = []
 
     def attend_window(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -168,6 +170,12 @@ def flash_attention_route() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "attend_window", attend_window)
         patch.setattr(flash, "is_available", lambda: True)
+        yield queries
+
+
+def flash_attention_route() -> None:
+    """Chunks of a prompt through FlashAttention, single tokens not: the same losses."""
+    with flash_queries() as queries:
         losses = flash_losses(IDS[:150], dtype="float16")
     layers = 3
     assert queries == [48] * 3 * layers + [6] * layers
@@ -176,15 +184,7 @@ def flash_attention_route() -> None:
 
 def flash_attention_drafts() -> None:
     """Verified tokens, not by FlashAttention, beside the same ones read by it."""
-    queries: list[int] = []
-
-    def attend_window(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        queries.append(kwargs["max_query_len"])
-        return window_attention(query, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "attend_window", attend_window)
-        patch.setattr(flash, "is_available", lambda: True)
+    with flash_queries() as queries:
         assert drafted_error(24, dtype="float16") < 0.03
     assert queries and min(queries) > 4
 
