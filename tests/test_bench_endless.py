@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_endless as endless  # noqa: E402
+from endless import series  # noqa: E402
 from streams.engine import Delta  # noqa: E402
 
 VOCAB = 50
@@ -55,6 +55,9 @@ class FakeEngine:
     def blocks(self) -> float:
         return 3.0
 
+    def close(self) -> None:
+        self.closed = True
+
 
 def test_mixed_compares_all_texts() -> None:
     engine: Any = FakeEngine()
@@ -90,12 +93,8 @@ def test_mixed_is_never_compared_with_nothing(
     """The stream writes alone once, for ``decode`` where that is wanted."""
     engine = FakeEngine()
 
-    @contextmanager
-    def started(*args: Any) -> Iterator[FakeEngine]:
-        yield engine
-
-    monkeypatch.setattr(endless, "started", started)
-    monkeypatch.setattr(endless, "MEMORY_SECONDS", 0.0)
+    monkeypatch.setattr(endless, "Engine", lambda *args: engine)
+    monkeypatch.setattr(series, "MEMORY_SECONDS", 0.0)
     config = {"max_position_embeddings": CONTEXT}
     (tmp_path / "config.json").write_text(json.dumps(config))
     lengths = ["--decode-tokens", str(LONG_ENOUGH), "--mixed-tokens", str(LONG_ENOUGH)]
@@ -103,6 +102,7 @@ def test_mixed_is_never_compared_with_nothing(
     saved: list[Any] = []
     endless.run_model(str(tmp_path), VOCAB, args, saved.append)
     summary = saved[-1]["scenarios"]["mixed"]["summary"]
+    assert engine.closed
     assert list(saved[-1]["scenarios"]) == scenarios
     assert summary["long_tokens_compared"] == LONG_ENOUGH
     assert summary["long_first_difference"] is None

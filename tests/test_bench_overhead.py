@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,10 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_overhead as bench  # noqa: E402
+from overhead import engines, settings  # noqa: E402
+from overhead.compared import Row, compare, table  # noqa: E402
 
-
-def arguments(folder: Path = Path(), **changes: Any) -> argparse.Namespace:
-    settings = {
-        "model": "random-29m",
-        "streams": [1, 8],
-        "window": 1024,
-        "blocks": 12,
-        "steps": 16,
-        "profile_steps": 0,
-        "output_dir": folder,
-    }
-    return argparse.Namespace(**(settings | changes))
+SETTINGS = settings.Settings(window=1024, streams=(1, 8), blocks=12, steps=16)
 
 
 # Ratios.
@@ -44,7 +35,7 @@ def test_ratio_is_the_median_of_neighbouring_blocks() -> None:
     ours = [
         [0.010 * scale * ratio] * 3 for scale, ratio in zip(scales, ratios, strict=True)
     ]
-    row = bench.compare(ours, stock)
+    row = compare(ours, stock)
     assert row["block_ratios"] == pytest.approx(ratios)
     assert row["ratio"] == pytest.approx(0.9)
     assert row["ratio_quartiles"] == pytest.approx([0.85, 0.95])
@@ -57,20 +48,20 @@ def test_the_ratio_lies_within_its_quartiles() -> None:
     """Where the quotient of the pooled medians does not."""
     ours = [[0.87] * 5 + [2.0] * 4, [0.9] * 9, [0.87] * 9]
     stock = [[0.98] * 9, [1.0] * 9, [0.99] * 9]
-    row = bench.compare(ours, stock)
+    row = compare(ours, stock)
     low, high = row["ratio_quartiles"]
     assert low <= row["ratio"] <= high
     assert row["ratio"] == statistics.median(row["block_ratios"])
 
 
 def test_quartiles_of_two_blocks_are_between_them() -> None:
-    row = bench.compare([[0.9], [1.1]], [[1.0], [1.0]])
+    row = compare([[0.9], [1.1]], [[1.0], [1.0]])
     assert row["ratio_quartiles"] == pytest.approx([0.95, 1.05])
 
 
 def test_table_has_the_ratio_of_the_blocks() -> None:
-    compared = bench.compare([[0.9], [1.0], [1.1]], [[1.0], [1.0], [1.0]])
-    lines = bench.table([{"side": "past", "streams": 8} | compared]).splitlines()
+    compared = compare([[0.9], [1.0], [1.1]], [[1.0], [1.0], [1.0]])
+    lines = table([{"side": "past", "streams": 8} | compared]).splitlines()
     assert lines[1].split()[:2] == ["past", "8"]
     assert lines[1].endswith("1.000  0.950 - 1.050")
 
@@ -82,9 +73,9 @@ def test_who_begins_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(connection)
         return [1.0] * steps
 
-    monkeypatch.setattr(bench, "command", answer)
+    monkeypatch.setattr(engines, "command", answer)
     connections: dict[str, Any] = {"ours": "o", "stock": "s"}
-    times = bench.in_turns(connections, 3, 2)
+    times = engines.in_turns(connections, 3, 2)
     assert "".join(asked) == "soosso"
     assert times == {"ours": [[1.0, 1.0]] * 3, "stock": [[1.0, 1.0]] * 3}
 
@@ -96,30 +87,30 @@ def test_who_begins_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [304, 1024, 4096])
 def test_texts_keep_what_they_say(window: int, streams: int) -> None:
     """From the first block to the last."""
-    args = arguments(streams=[streams], window=window, blocks=8, steps=8)
-    steps = bench.block_steps(args)
-    settling = bench.settling_steps(streams, window)
-    inside = bench.text_lengths("inside", window, steps, settling)
+    short = replace(SETTINGS, window=window, streams=(streams,), blocks=8, steps=8)
+    steps, settling = short.block_steps, short.settling_steps(streams)
+    inside = short.text_lengths("inside", streams)
     assert inside["ours"] == inside["stock"]
     assert inside["ours"] + settling + steps <= window
-    past = bench.text_lengths("past", window, steps, settling)
+    past = short.text_lengths("past", streams)
     assert past["ours"] > window
     # In the middle of the blocks, if the longest settling is needed.
     assert abs(past["stock"] + settling + steps / 2 - window) <= 1
     longest = max(inside["stock"], past["stock"]) + steps + 2 * settling
-    assert longest <= bench.longest_text(args)
+    assert longest <= short.longest_text
 
 
 def test_settling_waits_for_all_prompts() -> None:
     """Prompts of two windows share steps of ``BATCHED_TOKENS``."""
-    assert bench.settling_steps(1, 1024) == bench.SETTLING_STEPS + 1
-    assert bench.settling_steps(32, 1024) == bench.SETTLING_STEPS + 32
-    assert bench.settling_steps(8, 4096) == bench.SETTLING_STEPS + 32
+    assert SETTINGS.settling_steps(1) == settings.SETTLING_STEPS + 1
+    assert SETTINGS.settling_steps(32) == settings.SETTLING_STEPS + 32
+    wide = replace(SETTINGS, window=4096)
+    assert wide.settling_steps(8) == settings.SETTLING_STEPS + 32
 
 
 def test_steps_of_all_blocks() -> None:
-    args = arguments(blocks=3, steps=5, profile_steps=7)
-    assert bench.block_steps(args) == 3 * (bench.UNTIMED_STEPS + 5) + 2 * 7
+    few = replace(SETTINGS, blocks=3, steps=5, profile_steps=7)
+    assert few.block_steps == 3 * (settings.UNTIMED_STEPS + 5) + 2 * 7
 
 
 # What is saved.
@@ -127,12 +118,17 @@ def test_steps_of_all_blocks() -> None:
 
 def stop_after(
     number: int, stop: BaseException | None
-) -> Callable[[Any, str, Callable[[bench.Row], object]], None]:
+) -> Callable[[str, settings.Settings, Path, Callable[[Row], object]], None]:
     """A ``measure`` that brings ``number`` cells, then ``stop``."""
 
-    def measure(args: Any, model: str, keep: Callable[[bench.Row], object]) -> None:
-        for side, streams in bench.cells(args)[:number]:
-            compared = bench.compare([[0.9], [1.1]], [[1.0], [1.0]])
+    def measure(
+        model: str,
+        wanted: settings.Settings,
+        output: Path,
+        keep: Callable[[Row], object],
+    ) -> None:
+        for side, streams in bench.cells(wanted)[:number]:
+            compared = compare([[0.9], [1.1]], [[1.0], [1.0]])
             keep({"side": side, "streams": streams} | compared)
         if stop:
             raise stop
@@ -156,12 +152,11 @@ def test_what_was_measured_stays(
 ) -> None:
     monkeypatch.setattr(bench, "measure", stop_after(3, stop))
     with pytest.raises(SystemExit, match=words):
-        bench.measure_and_save(arguments(tmp_path, model="/home/a/llama"), "/a/model")
+        bench.measure_and_save("/a/model", SETTINGS, {"model": "llama"}, tmp_path)
     document = json.loads((tmp_path / "overhead.json").read_text())
     found = [(cell["side"], cell["streams"]) for cell in document["cells"]]
     assert found == [("inside", 1), ("past", 1), ("inside", 8)]
-    assert document["settings"]["model"] == "llama"
-    assert "output_dir" not in document["settings"]
+    assert document["settings"] == {"model": "llama"}
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
@@ -171,13 +166,13 @@ def test_an_older_file_stays_where_nothing_was_measured(
     (tmp_path / "overhead.json").write_text("older")
     monkeypatch.setattr(bench, "measure", stop_after(0, SystemExit("no memory")))
     with pytest.raises(SystemExit, match="no memory\nno cell was measured"):
-        bench.measure_and_save(arguments(tmp_path), "m")
+        bench.measure_and_save("m", SETTINGS, {}, tmp_path)
     assert (tmp_path / "overhead.json").read_text() == "older"
 
 
 def test_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "measure", stop_after(4, None))
-    rows = bench.measure_and_save(arguments(tmp_path), "m")
+    rows = bench.measure_and_save("m", SETTINGS, {}, tmp_path)
     document = json.loads((tmp_path / "overhead.json").read_text())
     assert document["cells"] == rows and len(rows) == 4
     assert document["provenance"]["sink_paged"]
@@ -187,4 +182,4 @@ def test_an_engine_that_ended_is_named() -> None:
     ours, theirs = Pipe()
     theirs.close()
     with pytest.raises(SystemExit, match="an engine ended"):
-        bench.command("run", ours, 4)
+        engines.command("run", ours, 4)

@@ -43,15 +43,15 @@ class Statistics(StatLoggerBase):  # type: ignore[misc,unused-ignore]
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         """See ``StatLoggerBase``."""
         self.preemptions = 0
-        self.peak_usage = 0.0
+        self.usage = self.peak_usage = 0.0
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Take over a step's figures."""
         if scheduler_stats is not None:
-            usage = float(scheduler_stats.kv_cache_usage)
-            self.peak_usage = max(self.peak_usage, usage)
+            self.usage = float(scheduler_stats.kv_cache_usage)
+            self.peak_usage = max(self.peak_usage, self.usage)
         if iteration_stats is not None:
             self.preemptions += iteration_stats.num_preempted_reqs
 
@@ -62,9 +62,10 @@ class Statistics(StatLoggerBase):  # type: ignore[misc,unused-ignore]
 class Requests:
     """Greedy requests of token ids to an engine, and the tokens they bring."""
 
-    def __init__(self, engine: LLMEngine) -> None:
-        """Take over a started engine."""
+    def __init__(self, engine: LLMEngine, detokenize: bool = False) -> None:
+        """Take over a started engine; ``detokenize`` as it does for texts served."""
         self.engine = engine
+        self.detokenize = detokenize
 
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
         """Add a greedy request that has no end but its length."""
@@ -72,7 +73,7 @@ class Requests:
             temperature=0,
             max_tokens=max_tokens,
             ignore_eos=True,
-            detokenize=False,
+            detokenize=self.detokenize,
             output_kind=RequestOutputKind.DELTA,
         )
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
