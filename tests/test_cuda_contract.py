@@ -10,6 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import registry
@@ -45,11 +47,14 @@ from sink_paged.attention.triton_backend import (
     SinkTritonAttentionImpl,
     SinkTritonMetadataBuilder,
 )
+from sink_paged.config import StreamConfig
 from sink_paged.gpu_worker import SinkGPUWorker
+from sink_paged.rotary import UnsupportedLayerError
 from sink_paged.runner_v2.block_tables import RingBlockTables
 from sink_paged.runner_v2.requests import StreamRequestState
 from sink_paged.runner_v2.runner import StreamRunner
 from sink_paged.runner_v2.sampling import StreamPenalties, StreamPromptLogprobs
+from sink_paged.window import SinkWindow
 from tests.engines import has_v2_drafter
 
 FLASH = "flash_attn_varlen_func"
@@ -197,6 +202,31 @@ def test_the_cuda_platform_takes_the_backend(
     for head_size in (32, 64, 80, 96, 112, 128, 256):
         assert SinkTritonAttentionBackend.supports_head_size(head_size)
     assert not SinkTritonAttentionBackend.supports_head_size(100)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kv_cache_dtype", "needed"),
+    [
+        ((7, 5), "auto", "8.0"),
+        ((8, 0), "auto", None),
+        ((8, 6), "fp8", "8.9"),
+        ((8, 9), "fp8", None),
+    ],
+)
+def test_gpus_too_old_are_refused(
+    capability: tuple[int, int],
+    kv_cache_dtype: str,
+    needed: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = StreamConfig(SinkWindow(4, 60), resident_tokens=65).store({})
+    with set_current_vllm_config(VllmConfig(additional_config=config)):
+        layer = SinkTritonAttentionImpl(8, 64, 0.125, kv_cache_dtype=kv_cache_dtype)
+    found = classmethod(lambda cls, device_id=0: DeviceCapability(*capability))
+    monkeypatch.setattr(type(current_platform), "get_device_capability", found)
+    refused = pytest.raises(UnsupportedLayerError, match=f"compute capability {needed}")
+    with refused if needed else nullcontext():
+        layer.check_supported()
 
 
 def test_any_batch_may_be_captured() -> None:
