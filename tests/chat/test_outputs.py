@@ -11,6 +11,8 @@ import pytest
 from tests.chat.api import BASE, PROMPT, WINDOW, complete, no_hits, user
 
 OUTPUT = 5 * WINDOW // 2
+SEVERAL = 4
+"""Deltas at least: vLLM merges those that a late front end has not sent yet."""
 NEAR = 2e-4
 """Difference of log-probabilities that rounding may make."""
 
@@ -21,7 +23,7 @@ def token_id(name: str) -> int:
 
 
 def test_deltas_are_the_answer(client: openai.OpenAI) -> None:
-    """Of each API, token by token; the last one with the usage."""
+    """Of each API, in parts; the last one with the usage."""
     options: dict[str, Any] = {"model": BASE, "temperature": 0}
     ignore = {"ignore_eos": True}
     usage = {"stream": True, "stream_options": {"include_usage": True}}
@@ -30,7 +32,7 @@ def test_deltas_are_the_answer(client: openai.OpenAI) -> None:
     events = list(complete(client, max_tokens=OUTPUT, **usage))
     deltas = [choice.text for event in events for choice in event.choices]
     assert "".join(deltas) == text
-    assert len(deltas) > OUTPUT / 2
+    assert len(deltas) > SEVERAL
     assert events[-1].usage.completion_tokens == OUTPUT
     assert events[-1].usage.prompt_tokens == len(PROMPT) + 1
 
@@ -40,7 +42,7 @@ def test_deltas_are_the_answer(client: openai.OpenAI) -> None:
     events = list(create(messages=user(PROMPT), **options, **usage))
     parts = [choice.delta.content for event in events for choice in event.choices]
     assert "".join(part or "" for part in parts) == text
-    assert len(parts) > OUTPUT / 2
+    assert len(parts) > SEVERAL
     assert events[-1].usage.completion_tokens == OUTPUT
 
     options["max_output_tokens"] = options.pop("max_tokens")
@@ -49,7 +51,7 @@ def test_deltas_are_the_answer(client: openai.OpenAI) -> None:
     events = list(respond(input=user(PROMPT), stream=True, **options))
     parts = [e.delta for e in events if e.type == "response.output_text.delta"]
     assert "".join(parts) == text
-    assert len(parts) > OUTPUT / 2
+    assert len(parts) > SEVERAL
     assert events[-1].response.usage.output_tokens == OUTPUT
 
 
