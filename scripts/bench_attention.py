@@ -21,15 +21,17 @@ threads and in huge pages where they are used. What neighbours do to memory and 
 meanwhile makes a floor as uncertain as a cell.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from kernels.calls import make_calls
+from kernels.cases import SHAPES, cases, peers
+from kernels.rates import Rates, fastest, floor_us, measure
 from provenance import provenance
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
@@ -37,151 +39,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from sink_paged.attention import cpu
 from sink_paged.attention.cpu_backend import FP8_DTYPES
-from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
-from sink_paged.huge_pages import clear_to_huge_pages
-from sink_paged.window import BlockWindow, SinkWindow
-
-SINK_TOKENS = 4
-SHAPES = {
-    "32q/8kv x128": (32, 8, 128),
-    "8/8 x64": (8, 8, 64),
-    "32/32 x128": (32, 32, 128),
-    "71/1 x64": (71, 1, 64),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measured point.
-
-    `resident` counts the keys of a request's last query; 0 is a write of new keys and
-    values to the cache. `kv_cache_dtype` is that of vLLM's flag; `peer` is whom ours is
-    compared with: stock, or ours with a cache of `dtype`.
-    """
-
-    shape: str
-    batch: int
-    tokens: int
-    resident: int
-    dtype: str
-    block_size: int
-    kv_cache_dtype: str = "auto"
-    peer: str = "stock"
-
-    @property
-    def query_dtype(self) -> torch.dtype:
-        """Dtype of queries, new keys and values, outputs."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """Dtype of the cache."""
-        return FP8_DTYPES.get(self.kv_cache_dtype, self.query_dtype)
-
-    @property
-    def isa(self) -> str:
-        """What stock vLLM would run it with.
-
-        Raises:
-            NotImplementedError: it has no kernel here.
-        """
-        head_size = SHAPES[self.shape][2]
-        isa: str = _get_attn_isa(
-            self.query_dtype, self.block_size, head_size, self.kv_cache_dtype
-        )
-        return isa
-
-
-def make_ours(case: Case, huge_pages: bool) -> Callable[[], None]:
-    """A call of this package's kernel on streams far past their window."""
-    heads, kv_heads, head_size = SHAPES[case.shape]
-    block_size = case.block_size
-    window = SinkWindow(SINK_TOKENS, case.resident - SINK_TOKENS - 1)
-    policy = BlockWindow(window, block_size)
-    columns = policy.max_blocks(case.tokens)
-    seq_len = 10 * case.resident + 37
-    num_blocks = 1 + case.batch * columns
-    block = torch.randn(1, kv_heads, block_size, 2 * head_size).to(case.cache_dtype)
-    cache = torch.zeros(num_blocks, *block.shape[1:], dtype=case.cache_dtype)
-    if huge_pages:
-        clear_to_huge_pages(cache)
-    cache.copy_(block.expand_as(cache))
-    table = torch.randperm(num_blocks - 1)[: case.batch * columns] + 1
-    table = table.view(case.batch, columns).int()
-    query = torch.randn(case.batch * case.tokens, heads, head_size)
-    query = query.to(case.query_dtype)
-    output = torch.empty_like(query)
-    starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
-    seq_lens = torch.full((case.batch,), seq_len, dtype=torch.int32)
-    angles = torch.randn(len(query), head_size // 2)
-    rotation = torch.cat([angles.cos(), angles.sin()], dim=1)
-
-    attention = LayerAttention(heads, window=window, scale=head_size**-0.5)
-    step = Step.of(starts, seq_lens, table)
-
-    def call() -> None:
-        attention.attend(query, cache, output, step, rotation)
-
-    return call
-
-
-def make_stock(case: Case) -> Callable[[], None]:
-    """A call of vLLM's kernel on sequences of the resident length."""
-    heads, kv_heads, head_size = SHAPES[case.shape]
-    seq_len = case.resident + case.tokens - 1
-    columns = -(-seq_len // case.block_size)
-    num_blocks = 1 + case.batch * columns
-    cache = torch.randn(1, kv_heads, 2 * case.block_size, head_size).to(
-        case.cache_dtype
-    )
-    if case.kv_cache_dtype != "auto":
-        cache = cache.view(torch.uint8)
-    cache = cache.repeat(num_blocks, 1, 1, 1)
-    key_cache, value_cache = cache.chunk(2, dim=2)
-    table = (torch.randperm(num_blocks - 1) + 1).view(case.batch, columns).int()
-    query = torch.randn(case.batch * case.tokens, heads, head_size)
-    query = query.to(case.query_dtype)
-    output = torch.empty_like(query)
-    starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.tokens
-    seq_lens = torch.full((case.batch,), seq_len, dtype=torch.int32)
-    # A prefill attends a window in both kernels; a decode its whole sequence.
-    sliding = -1 if case.tokens == 1 else case.resident
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=case.batch,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_size,
-        seq_lens=seq_lens,
-        dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=sliding,
-        isa=case.isa,
-        enable_kv_split=True,
-        kv_cache_dtype=case.kv_cache_dtype,
-    )
-
-    def call() -> None:
-        ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=output,
-            query_start_loc=starts,
-            seq_lens=seq_lens,
-            scale=head_size**-0.5,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=sliding,
-            block_table=table,
-            softcap=0.0,
-            scheduler_metadata=metadata,
-            s_aux=None,
-            kv_cache_dtype=case.kv_cache_dtype,
-        )
-
-    return call
+from sink_paged.attention.layer import Step
 
 
 def measure_step(dtype: torch.dtype, block_size: int) -> tuple[float, float]:
@@ -189,8 +47,8 @@ def measure_step(dtype: torch.dtype, block_size: int) -> tuple[float, float]:
     starts = torch.arange(33, dtype=torch.int32)
     seq_lens = torch.full((32,), 2048, dtype=torch.int32)
     table = torch.zeros(32, 1 + 2048 // block_size, dtype=torch.int32)
-    ours = _fastest(lambda: Step.of(starts, seq_lens, table), 1000)
-    stock = _fastest(
+    ours = fastest(lambda: Step.of(starts, seq_lens, table), 1000)
+    stock = fastest(
         lambda: ops.cpu_attn_get_scheduler_metadata(
             num_reqs=32,
             num_heads=32,
@@ -207,166 +65,6 @@ def measure_step(dtype: torch.dtype, block_size: int) -> tuple[float, float]:
         1000,
     )
     return ours * 1e6, stock * 1e6
-
-
-def make_write(case: Case, by_stock: bool) -> Callable[[], None]:
-    """A call of either kernel that writes new keys and values."""
-    _, kv_heads, head_size = SHAPES[case.shape]
-    block_size = case.block_size
-    num_blocks = 1 + case.batch * -(-case.tokens // block_size)
-    cache = torch.zeros(num_blocks, kv_heads, block_size, 2 * head_size)
-    cache = cache.to(case.cache_dtype)
-    blocks = torch.randperm(num_blocks - 1).view(case.batch, -1, 1) + 1
-    slots = blocks * block_size + torch.arange(block_size)
-    slots = slots.view(case.batch, -1)[:, : case.tokens].reshape(-1).contiguous()
-    fused = torch.randn(len(slots), 2, kv_heads, head_size).to(case.query_dtype)
-    key, value = fused.unbind(1)
-    if not by_stock:
-        writer = CacheWriter()
-        return lambda: writer.write(key, value, cache, slots)
-    if case.kv_cache_dtype != "auto":
-        cache = cache.view(torch.uint8)
-    halves = cache.view(num_blocks, kv_heads, 2 * block_size, head_size)
-    key_cache, value_cache = halves.chunk(2, dim=2)
-    isa = case.isa
-    return lambda: ops.cpu_attn_reshape_and_cache(
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slots,
-        isa,
-        kv_cache_dtype=case.kv_cache_dtype,
-    )
-
-
-def make_calls(
-    case: Case, huge_pages: bool
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A call of our kernel, and one of its peer."""
-    by_stock = case.peer == "stock"
-    other = case if by_stock else replace(case, kv_cache_dtype="auto")
-    if not case.resident:
-        return make_write(case, False), make_write(other, by_stock)
-    ours = make_ours(case, huge_pages)
-    if by_stock:
-        return ours, make_stock(other)
-    return ours, make_ours(other, huge_pages)
-
-
-def measure(case: Case, seconds: float, huge_pages: bool = False) -> dict[str, float]:
-    """Median times (us) of ours and its peer in turns, and their ratio's spread."""
-    ours, peer = make_calls(case, huge_pages)
-    for call in (ours, peer, ours, peer):
-        call()
-    begin = time.perf_counter()
-    ours()
-    peer()
-    repeats = max(2, min(50, int(0.002 / (time.perf_counter() - begin))))
-    pairs: list[tuple[float, float]] = []
-    stop = time.perf_counter() + seconds
-    while len(pairs) < 7 or time.perf_counter() < stop:
-        times = []
-        for call in (ours, peer):
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            times.append((time.perf_counter() - begin) / repeats * 1e6)
-        pairs.append((times[0], times[1]))
-    ratios = sorted(ours / peer for ours, peer in pairs)
-    return {
-        "ours_us": statistics.median(ours for ours, _ in pairs),
-        "peer_us": statistics.median(peer for _, peer in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_p10": ratios[len(ratios) // 10],
-        "ratio_p90": ratios[-1 - len(ratios) // 10],
-    }
-
-
-class Rates:
-    """Rates of this machine on torch's threads, each measured when first asked for."""
-
-    def __init__(self, dtype: torch.dtype, huge_pages: bool) -> None:
-        """Of matrix products of `dtype`, of memory in huge pages or not."""
-        self._huge_pages = huge_pages
-        self._bandwidths: dict[int, float] = {}
-        self.operations = max(_product_rate(dtype), _product_rate(torch.float32))
-
-    def bandwidth(self, nbytes: int) -> float:
-        """Bytes/s of reading about `nbytes` again and again."""
-        size = 1 << max(18, (nbytes - 1).bit_length())
-        if size not in self._bandwidths:
-            memory = torch.zeros(size // 4, dtype=torch.int32)
-            if self._huge_pages:
-                clear_to_huge_pages(memory)
-            memory.add_(1)
-            repeats = max(3, (1 << 28) // size)
-            seconds = _fastest(memory.max, min(repeats, 200))
-            self._bandwidths[size] = size / seconds
-        return self._bandwidths[size]
-
-
-def _product_rate(dtype: torch.dtype) -> float:
-    """Operations/s of a large matrix product."""
-    matrix = torch.randn(1024, 1024).to(dtype)
-    return 2 * 1024**3 / _fastest(lambda: matrix @ matrix, 8)
-
-
-def _fastest(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def floor_us(case: Case, rates: Rates) -> float:
-    """Lower bound of a call's time, see the module's docstring."""
-    heads, kv_heads, head_size = SHAPES[case.shape]
-    element = case.cache_dtype.itemsize
-    if not case.resident:
-        element += case.query_dtype.itemsize
-    keys = case.batch * (case.tokens + max(0, case.resident - 1))
-    nbytes = keys * 2 * kv_heads * head_size * element
-    operations = 4 * case.batch * case.tokens * case.resident * heads * head_size
-    return max(nbytes / rates.bandwidth(nbytes), operations / rates.operations) * 1e6
-
-
-def peers(dtype: str, block_size: int, kv_cache_dtype: str, shape: str) -> list[str]:
-    """Whom ours is compared with."""
-    if kv_cache_dtype == "auto":
-        return ["stock"]
-    try:
-        _ = Case(shape, 1, 1, 1, dtype, block_size, kv_cache_dtype).isa
-    except NotImplementedError as reason:
-        print(f"{dtype:9s}{shape}: no stock vLLM here: {reason}")
-        return ["ours"]
-    return ["ours", "stock"]
-
-
-def cases(dtype: str, block_size: int, shapes: list[str], quick: bool) -> list[Case]:
-    """The sweep: decodes over batch and resident keys, prefills at 2048, writes."""
-    residents = [2048] if quick else [512, 2048, 4096]
-    batches = [1, 8] if quick else [1, 8, 32]
-    return [
-        *(
-            Case(shape, batch, 1, resident, dtype, block_size)
-            for shape in shapes
-            for batch in batches
-            for resident in residents
-        ),
-        *(
-            Case(shape, 1, tokens, 2048, dtype, block_size)
-            for shape in shapes
-            for tokens in ([128] if quick else [128, 512])
-        ),
-        *(
-            Case(shape, batch, tokens, 0, dtype, block_size)
-            for shape in shapes
-            for batch, tokens in ([(8, 1)] if quick else [(1, 1), (32, 1), (1, 512)])
-        ),
-    ]
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
@@ -441,7 +139,8 @@ def main() -> None:
             for point in cases(dtype, block_size, options.shapes, options.quick)
             for peer in compared[point.shape]
         ):
-            result = measure(case, options.seconds, options.huge_pages)
+            calls = make_calls(case, options.huge_pages)
+            result = measure(*calls, options.seconds)
             floor = floor_us(case, rates)
             rows.append({**asdict(case), **result, "floor_us": floor})
             print(
