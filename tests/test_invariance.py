@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,10 @@ from tests.engines import (
     prompt_losses,
     worst,
 )
+from tests.undisturbed import READ, SINKS, TEXT, TOLERANCE, Undisturbed, text
 
-SINKS = (4, 60)
 BLOCK_SIZE = 16
 MAX_BATCHED = 1024
-TOLERANCE = 1e-4
-READ = greedy(1, prompt_logprobs=0)
-
-
-def text(length: int, seed: int) -> list[int]:
-    return [256, *((7919 * i * i + 31 * seed * i) % 256 for i in range(1, length))]
-
-
-TEXT = text(700, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +46,9 @@ def llm(model: Path) -> Iterator[LLM]:
         yield llm
 
 
-@dataclasses.dataclass
-class Undisturbed:
-    """One stream alone, in one chunk, with a cold cache."""
-
-    losses: list[float]
-    tokens: list[int]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(llm: LLM) -> Undisturbed:
-    read = generate(llm, [TEXT], READ)[0]
-    written = continuations(llm, [TEXT])[0]
-    return Undisturbed(prompt_losses(read), written)
+    return Undisturbed.of(llm)
 
 
 @pytest.mark.parametrize("chunk", [16, 37, 1024])
@@ -134,42 +114,3 @@ def test_blocks_are_bounded(llm: LLM) -> None:
     assert max(held) <= policy.max_blocks(MAX_BATCHED)
     assert max(decoding) <= policy.max_blocks(1)
     assert pool_is_empty(llm)
-
-
-# The tests from here on start engines of their own, which ends vLLM's distributed state
-# of this process: the shared engine cannot run after them.
-
-
-def test_prefix_caching_off(model: Path, undisturbed: Undisturbed) -> None:
-    with engine(model, SINKS, enable_prefix_caching=False) as llm:
-        read = generate(llm, [TEXT], READ)[0]
-        assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
-        for _ in range(2):
-            output = generate(llm, [TEXT], greedy(150))[0]
-            assert not output.num_cached_tokens
-            assert list(output.outputs[0].token_ids) == undisturbed.tokens
-
-
-def test_preemption(model: Path) -> None:
-    """A pool for 2.5 streams, eight streams that all grow past the window."""
-    prompts = [text(20, seed) for seed in range(7)] + [TEXT[:30]]
-    policy = BlockWindow(SinkWindow(*SINKS), BLOCK_SIZE)
-    blocks = policy.max_blocks(64) * 5 // 2
-    options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
-    with engine(model, SINKS, **options) as llm:
-        roomy = continuations(llm, prompts, 300)
-    crowd = {"num_gpu_blocks_override": blocks, "disable_log_stats": False}
-    with engine(model, SINKS, **crowd, **options) as llm:
-        crowded = generate(llm, prompts, greedy(300))
-        stats = {metric.name: metric for metric in llm.get_metrics()}
-        assert stats["vllm:num_preemptions"].value > 0
-        assert pool_is_empty(llm)
-    assert [list(output.outputs[0].token_ids) for output in crowded] == roomy
-
-
-@pytest.mark.parametrize("block_size", [16, 48, 128])
-def test_block_sizes(model: Path, undisturbed: Undisturbed, block_size: int) -> None:
-    with engine(model, SINKS, block_size=block_size) as llm:
-        read = generate(llm, [TEXT], READ)[0]
-        assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
-        assert continuations(llm, [TEXT])[0] == undisturbed.tokens
