@@ -30,8 +30,9 @@ from pathlib import Path
 
 import torch
 from kernels.calls import make_calls
-from kernels.cases import SHAPES, cases, peers
+from kernels.cases import cases, peers
 from kernels.rates import Rates, fastest, floor_us, measure
+from kernels.shapes import SHAPES
 from provenance import provenance
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernels.shapes import SHAPES
 from provenance import provenance
 from torch import Tensor
 
@@ -31,12 +32,6 @@ from sink_paged.window import BlockWindow, SinkWindow
 
 SINK_TOKENS = 4
 BLOCK_SIZE = 16
-SHAPES = {
-    "32q/8kv x128": (32, 8, 128),
-    "8/8 x64": (8, 8, 64),
-    "32/32 x128": (32, 32, 128),
-    "71/1 x64": (71, 1, 64),
-}
 OTHER_BYTES = 256 << 20
 """Read before each launch: the second-level cache holds them and, as in a model between
 two attention layers, nothing that must be written back first."""

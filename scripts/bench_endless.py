@@ -44,7 +44,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import numpy as np
-from endless.engine import CHUNK, SINK_TOKENS, Engine
+from endless.engine import CHUNK, Engine
 from endless.figures import plot, summarise, thin
 from endless.scenarios import (
     BEGINNING,
@@ -55,6 +55,7 @@ from endless.scenarios import (
     run_streams,
 )
 from endless.series import Series
+from overhead.settings import SINK_TOKENS
 from provenance import provenance
 from streams.random_llama import write_random_llama
 

@@ -52,28 +52,28 @@ def main() -> None:
             write_random_llama(
                 Path(folder), settings.longest_text, settings.dtype, **shape
             )
-        about = {"model": without_folders(model)} | asdict(settings)
-        rows = measure_and_save(folder, settings, about, output)
+        rows = measure_and_save(model, folder, settings, output)
     print(table(rows))
     plotted = plot(rows, output / "overhead.png")
     print(f"written: {output / 'overhead.json'}, {plotted}")
 
 
 def measure_and_save(
-    model: str, settings: Settings, about: dict[str, object], output: Path
+    named: str, model: str, settings: Settings, output: Path
 ) -> list[Row]:
     """The rows of all cells, each written to ``overhead.json`` once it is there.
 
     Args:
+        named: the model, as the user named it.
         model: folder of the model.
         settings: what is measured.
-        about: the settings, as they are written.
-        output: folder.
+        output: folder of the results.
 
     Raises:
         SystemExit: when an engine ends or the user interrupts; says what is saved.
     """
     path = output / "overhead.json"
+    about = {"model": without_folders(named)} | asdict(settings)
     document = {"provenance": provenance(), "settings": about}
     rows: list[Row] = []
 
@@ -146,10 +146,10 @@ def parse_arguments() -> tuple[str, Path, Settings]:
     add("--window", type=int, default=1024, help="resident tokens, sinks included")
     add("--blocks", type=int, default=12, help="blocks of steps of each engine")
     add("--steps", type=int, default=16, help="steps of a block")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--dtype", default=Settings.dtype, choices=["float32", "bfloat16", "float16"])
     add("--eager", action="store_true", help="without torch.compile")
     add("--profile-steps", type=int, default=0, help="steps of each profile")
-    add("--kv-gib", type=float, default=3.0, help="KV cache of each engine, GiB")
+    add("--kv-gib", type=float, default=Settings.kv_gib, help="of each KV cache, GiB")
     add("--output-dir", type=Path, default=Path("bench_out"))
     args = vars(parser.parse_args())
     model, output = args.pop("model"), args.pop("output_dir")

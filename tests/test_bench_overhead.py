@@ -152,11 +152,12 @@ def test_what_was_measured_stays(
 ) -> None:
     monkeypatch.setattr(bench, "measure", stop_after(3, stop))
     with pytest.raises(SystemExit, match=words):
-        bench.measure_and_save("/a/model", SETTINGS, {"model": "llama"}, tmp_path)
+        bench.measure_and_save("/home/a/llama", "/a/model", SETTINGS, tmp_path)
     document = json.loads((tmp_path / "overhead.json").read_text())
     found = [(cell["side"], cell["streams"]) for cell in document["cells"]]
     assert found == [("inside", 1), ("past", 1), ("inside", 8)]
-    assert document["settings"] == {"model": "llama"}
+    assert document["settings"]["model"] == "llama"
+    assert "output_dir" not in document["settings"]
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
@@ -166,13 +167,13 @@ def test_an_older_file_stays_where_nothing_was_measured(
     (tmp_path / "overhead.json").write_text("older")
     monkeypatch.setattr(bench, "measure", stop_after(0, SystemExit("no memory")))
     with pytest.raises(SystemExit, match="no memory\nno cell was measured"):
-        bench.measure_and_save("m", SETTINGS, {}, tmp_path)
+        bench.measure_and_save("m", "m", SETTINGS, tmp_path)
     assert (tmp_path / "overhead.json").read_text() == "older"
 
 
 def test_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "measure", stop_after(4, None))
-    rows = bench.measure_and_save("m", SETTINGS, {}, tmp_path)
+    rows = bench.measure_and_save("m", "m", SETTINGS, tmp_path)
     document = json.loads((tmp_path / "overhead.json").read_text())
     assert document["cells"] == rows and len(rows) == 4
     assert document["provenance"]["sink_paged"]

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from vllm import _custom_ops as ops
 
-from kernels.cases import SHAPES, Case
+from kernels.cases import Case
+from kernels.shapes import SHAPES
 from sink_paged.attention.layer import CacheWriter, LayerAttention, Step
 from sink_paged.huge_pages import clear_to_huge_pages
 from sink_paged.window import BlockWindow, SinkWindow

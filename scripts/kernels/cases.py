@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from kernels.shapes import SHAPES
 from sink_paged.attention.cpu_backend import FP8_DTYPES
-
-SHAPES = {
-    "32q/8kv x128": (32, 8, 128),
-    "8/8 x64": (8, 8, 64),
-    "32/32 x128": (32, 32, 128),
-    "71/1 x64": (71, 1, 64),
-}
-"""Heads, heads of keys, their size."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.cases import SHAPES, Case
+from kernels.cases import Case
+from kernels.shapes import SHAPES
 from sink_paged.huge_pages import clear_to_huge_pages
 
 
@@ -73,6 +74,7 @@ def _product_rate(dtype: torch.dtype) -> float:
 
 
 def fastest(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of some calls."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -82,7 +84,7 @@ def fastest(call: Callable[[], object], repeats: int) -> float:
 
 
 def floor_us(case: Case, rates: Rates) -> float:
-    """Lower bound of a call's time, see the module's docstring."""
+    """Lower bound of a call's time, see ``bench_attention.py``."""
     heads, kv_heads, head_size = SHAPES[case.shape]
     element = case.cache_dtype.itemsize
     if not case.resident:

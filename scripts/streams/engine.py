@@ -62,10 +62,9 @@ class Statistics(StatLoggerBase):  # type: ignore[misc,unused-ignore]
 class Requests:
     """Greedy requests of token ids to an engine, and the tokens they bring."""
 
-    def __init__(self, engine: LLMEngine, detokenize: bool = False) -> None:
-        """Take over a started engine; ``detokenize`` as it does for texts served."""
+    def __init__(self, engine: LLMEngine) -> None:
+        """Take over a started engine."""
         self.engine = engine
-        self.detokenize = detokenize
 
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
         """Add a greedy request that has no end but its length."""
@@ -73,7 +72,7 @@ class Requests:
             temperature=0,
             max_tokens=max_tokens,
             ignore_eos=True,
-            detokenize=self.detokenize,
+            detokenize=not self.engine.model_config.skip_tokenizer_init,
             output_kind=RequestOutputKind.DELTA,
         )
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
@@ -92,8 +91,36 @@ class Requests:
         return bool(self.engine.has_unfinished_requests())
 
 
-class Engine(Requests):
+class Server(Requests):
     """vLLM with its front end here and its engine core in a process of its own.
+
+    Attributes:
+        statistics: what the scheduler says.
+        num_blocks: KV blocks, vLLM's null block not counted.
+    """
+
+    def __init__(self, arguments: EngineArgs) -> None:
+        """Start it, which takes tens of seconds."""
+        super().__init__(
+            LLMEngine.from_engine_args(
+                arguments, stat_loggers=[self._statistics], enable_multiprocessing=True
+            )
+        )
+        blocks = self.engine.vllm_config.cache_config.num_gpu_blocks
+        assert blocks is not None
+        self.num_blocks = int(blocks) - 1
+
+    def _statistics(self, vllm_config: Any, engine_index: int = 0) -> Statistics:
+        self.statistics = Statistics(vllm_config, engine_index)
+        return self.statistics
+
+    def close(self) -> None:
+        """Stop its processes."""
+        self.engine.engine_core.shutdown()
+
+
+class Engine(Server):
+    """A server of streams of a workload, in a KV pool of so many blocks.
 
     Args:
         workload: settings that all peers share.
@@ -125,19 +152,8 @@ class Engine(Requests):
             kv_cache_memory_bytes=(pool_blocks + 1) * page,
             **options,
         )
-        super().__init__(
-            LLMEngine.from_engine_args(
-                arguments, stat_loggers=[self._statistics], enable_multiprocessing=True
-            )
-        )
-        blocks = self.engine.vllm_config.cache_config.num_gpu_blocks
-        assert blocks is not None
-        self.num_blocks = int(blocks) - 1
+        super().__init__(arguments)
         self.start_seconds = time.perf_counter() - begun
-
-    def _statistics(self, vllm_config: Any, engine_index: int = 0) -> Statistics:
-        self.statistics = Statistics(vllm_config, engine_index)
-        return self.statistics
 
     def warm_up(self) -> None:
         """Run what is to be timed once: a whole prompt, and a step of all streams."""
@@ -161,10 +177,6 @@ class Engine(Requests):
             "peak_rss_bytes": peak_bytes(),
             "startup_seconds": self.start_seconds,
         }
-
-    def close(self) -> None:
-        """Stop its processes."""
-        self.engine.engine_core.shutdown()
 
 
 def pool_blocks(workload: Workload, tokens_a_stream: int, shared: int = 0) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import openai
@@ -11,8 +12,6 @@ import pytest
 from tests.chat.api import BASE, PROMPT, WINDOW, complete, no_hits, user
 
 OUTPUT = 5 * WINDOW // 2
-SEVERAL = 4
-"""Deltas at least: vLLM merges those that a late front end has not sent yet."""
 NEAR = 2e-4
 """Difference of log-probabilities that rounding may make."""
 
@@ -22,36 +21,48 @@ def token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
 
 
+def streamed(ask: Callable[[], Iterable[Any]]) -> list[Any]:
+    """Events of an answer, asked for again where the front end was late.
+
+    vLLM then sends the deltas of several tokens as one.
+    """
+    for _ in range(3):
+        events = list(ask())
+        if len(events) > OUTPUT / 2:
+            break
+    return events
+
+
 def test_deltas_are_the_answer(client: openai.OpenAI) -> None:
-    """Of each API, in parts; the last one with the usage."""
+    """Of each API, token by token; the last one with the usage."""
     options: dict[str, Any] = {"model": BASE, "temperature": 0}
     ignore = {"ignore_eos": True}
     usage = {"stream": True, "stream_options": {"include_usage": True}}
 
     text = complete(client, max_tokens=OUTPUT).choices[0].text
-    events = list(complete(client, max_tokens=OUTPUT, **usage))
+    events = streamed(lambda: complete(client, max_tokens=OUTPUT, **usage))
     deltas = [choice.text for event in events for choice in event.choices]
     assert "".join(deltas) == text
-    assert len(deltas) > SEVERAL
+    assert len(deltas) > OUTPUT / 2
     assert events[-1].usage.completion_tokens == OUTPUT
     assert events[-1].usage.prompt_tokens == len(PROMPT) + 1
 
     create = client.chat.completions.create
     options |= {"max_tokens": OUTPUT, "extra_body": ignore}
     text = create(messages=user(PROMPT), **options).choices[0].message.content
-    events = list(create(messages=user(PROMPT), **options, **usage))
+    events = streamed(lambda: create(messages=user(PROMPT), **options, **usage))
     parts = [choice.delta.content for event in events for choice in event.choices]
     assert "".join(part or "" for part in parts) == text
-    assert len(parts) > SEVERAL
+    assert len(parts) > OUTPUT / 2
     assert events[-1].usage.completion_tokens == OUTPUT
 
     options["max_output_tokens"] = options.pop("max_tokens")
     respond = client.responses.create
     text = respond(input=user(PROMPT), **options).output_text
-    events = list(respond(input=user(PROMPT), stream=True, **options))
+    events = streamed(lambda: respond(input=user(PROMPT), stream=True, **options))
     parts = [e.delta for e in events if e.type == "response.output_text.delta"]
     assert "".join(parts) == text
-    assert len(parts) > SEVERAL
+    assert len(parts) > OUTPUT / 2
     assert events[-1].response.usage.output_tokens == OUTPUT
 
 
