@@ -55,8 +55,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments of ``vllm serve``, with sink eviction on."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from sink_paged.patching import find_first
+
+    make_arg_parser = find_first(
+        "vllm.entrypoints.common.cli_args:make_arg_parser",  # since 0.33
+        "vllm.entrypoints.launchers.cli_args:make_arg_parser",
+    )
 
     parser = FlexibleArgumentParser(
         prog="sink-paged doctor",
@@ -129,10 +135,9 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.import_utils import resolve_obj_by_qualname
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     from sink_paged.config import StreamConfig
-    from sink_paged.kv_cache import StreamBound, block_bytes, group_spec
+    from sink_paged.kv_cache import StreamBound, block_bytes, group_layers, group_spec
     from sink_paged.platforms import find_platform, lacks_instructions
 
     # The server's defaults depend on the context.
@@ -164,7 +169,7 @@ def serving(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     layouts = resolve_obj_by_qualname(platform.backend).supported_kv_cache_layouts()
     config.cache_config.kv_cache_layout = layouts[0].name  # the engine core's choice
     specs = _specs(config, stream.window)
-    groups = get_kv_cache_groups(config, specs)
+    groups = group_layers(specs, config)
     for group in groups if len(groups) > 1 else ():
         window = group_spec(group).blocks.window
         yield "", f"{window} in a group of {len(group.layer_names)} layers"

@@ -28,7 +28,7 @@ from sink_paged.platforms import (
     lacks_instructions,
 )
 
-TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0")
+TESTED_VLLM = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "draft_model")
 """Legal values of ``method`` in ``--speculative-config``."""
 UNTESTED_VARIABLE = "SINK_PAGED_ALLOW_UNTESTED_VLLM"

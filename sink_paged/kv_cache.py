@@ -32,6 +32,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from sink_paged.config import StreamConfig
+from sink_paged.patching import find_first
 from sink_paged.window import BlockWindow, SinkWindow, cdiv
 
 
@@ -71,6 +72,14 @@ class SinkWindowSpec(SlidingWindowSpec):
         window = SinkWindow(self.sink_tokens, self.sliding_window - 1)
         return BlockWindow(window, self.block_size)
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """Zero: no column of a ring is one that vLLM may take for the null block's.
+
+        Since 0.33 its model runner V2 does so for what is behind a sliding window.
+        """
+        return 0
+
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
@@ -93,6 +102,18 @@ class SinkWindowSpec(SlidingWindowSpec):
             isinstance(spec, SinkWindowSpec) and spec.blocks == self.blocks
             for spec in kv_cache_specs.values()
         )
+
+
+def group_layers(
+    specs: dict[str, KVCacheSpec], vllm_config: VllmConfig
+) -> list[KVCacheGroupSpec]:
+    """The groups that vLLM makes of layers, by their names."""
+    group = find_first(
+        "vllm.v1.core.kv_cache_planning:get_kv_cache_groups",  # since 0.33
+        "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+    )
+    groups: list[KVCacheGroupSpec] = group(vllm_config, specs)
+    return groups
 
 
 def group_spec(group: KVCacheGroupSpec) -> SinkWindowSpec:

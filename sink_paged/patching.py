@@ -38,6 +38,19 @@ def find(path: str) -> Any | None:
     return found
 
 
+def find_first(*paths: str) -> Any:
+    """What is at the first of ``paths`` that leads to something, see `find`.
+
+    Raises:
+        PatchError: none of them does.
+    """
+    for path in paths:
+        found = find(path)
+        if found is not None:
+            return found
+    raise PatchError(f"vLLM {vllm.__version__} has none of {', '.join(paths)}")
+
+
 @dataclass(frozen=True)
 class Patch:
     """One wrapped function of vLLM.
@@ -48,7 +61,8 @@ class Patch:
         wrapper: called as ``wrapper(original, *args, **kwargs)``.
         why: what has no hook, in a line.
         upstream: ``module:qualified.name`` that exists where vLLM has the hook.
-        since: the first vLLM that has the target; older ones need no patch.
+        since: the first vLLM that needs the patch; older ones lack the target.
+        before: the first vLLM that needs it no longer, if there is one.
     """
 
     target: str
@@ -57,11 +71,13 @@ class Patch:
     why: str
     upstream: str
     since: str = "0"
+    before: str | None = None
 
     def applies(self) -> bool:
-        """Whether this vLLM has the target."""
-        base = Version(vllm.__version__).base_version
-        return Version(base) >= Version(self.since)
+        """Whether this vLLM needs the patch."""
+        base = Version(Version(vllm.__version__).base_version)
+        mended = self.before is not None and base >= Version(self.before)
+        return base >= Version(self.since) and not mended
 
     def install(self) -> None:
         """Wrap the target, unless it is wrapped or vLLM has the hook.

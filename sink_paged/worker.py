@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -25,7 +24,12 @@ from vllm.v1.kv_cache_interface import (
 
 from sink_paged import probe, runner_v2, streams
 from sink_paged.config import StreamConfig
-from sink_paged.kv_cache import SinkWindowSpec, StreamBound, group_spec
+from sink_paged.kv_cache import (
+    SinkWindowSpec,
+    StreamBound,
+    group_layers,
+    group_spec,
+)
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
 from sink_paged.speculation import draft_model, enable_speculation
@@ -157,7 +161,7 @@ class StreamWorker(Stock):
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; refuses too few in terms of a stream's bound."""
         available: int = super().determine_available_memory()
-        groups = get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
+        groups = group_layers(self.get_kv_cache_spec(), self.vllm_config)
         StreamBound.of(groups, self.vllm_config).check_fits(available, self.vllm_config)
         return available
 

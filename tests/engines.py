@@ -31,6 +31,11 @@ def vllm_since(version: str) -> bool:
     return Version(vllm.__version__) >= Version(version)
 
 
+SHARED_NUMA_NODE = ("VLLM_CPU_SIM_MULTI_NUMA", "0")
+"""Environment in which a second engine's worker shares the machine's only NUMA node.
+
+Since vLLM 0.33 it asks for the second one, and fails where there is none.
+"""
 FIRST_V2 = {"ngram": "0.32.0", "draft_model": "0.31.0"}
 """The first vLLM whose model runner V2 has a method of speculation."""
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.engines import (
     GOLDEN,
+    SHARED_NUMA_NODE,
     engine,
     first_near_tie,
     generate,
@@ -46,6 +47,7 @@ def test_tensor_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_data_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both engines serve, and each request has the tokens that it has alone."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv(*SHARED_NUMA_NODE)
     flags = "--data-parallel-size 2 --api-server-count 2 --max-model-len 128"
     flags += " --enforce-eager"
     prompts = [f"def number_{i}():\n    return " * 12 for i in range(8)]

@@ -18,7 +18,16 @@ import ray
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
-from tests.engines import GOLDEN, core, engine, generate, greedy, prompt_losses, worst
+from tests.engines import (
+    GOLDEN,
+    SHARED_NUMA_NODE,
+    core,
+    engine,
+    generate,
+    greedy,
+    prompt_losses,
+    worst,
+)
 
 LOSS_TOLERANCE = 1e-3
 
@@ -37,6 +46,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv(*SHARED_NUMA_NODE)
         ray.init(
             "local",
             num_cpus=2,

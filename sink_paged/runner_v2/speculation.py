@@ -43,7 +43,11 @@ def adopt_speculator(runner: Any, streams: StreamRequestState) -> None:
     if speculator is None:
         return
     if isinstance(speculator, DraftModelSpeculator):
-        speculator.max_model_len = MAX_STREAM_TOKENS
+        # Since vLLM 0.33 a property, that of the config; an attribute before.
+        kind = type(speculator)
+        unbounded = {"max_model_len": MAX_STREAM_TOKENS}
+        speculator.__class__ = type(f"Stream{kind.__name__}", (kind,), unbounded)
+        vars(speculator).pop("max_model_len", None)
         speculator.draft_max_seq_len = MAX_STREAM_TOKENS
         return
     from sink_paged.runner_v2.ngram import StreamNgramSpeculator
