@@ -81,6 +81,8 @@ if "--cuda-backend" in sys.argv:
 
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID  # noqa: E402
+from vllm.v1.sample.ops import topk_topp_sampler  # noqa: E402
+from vllm.v1.worker.gpu import model_runner  # noqa: E402
 
 from sink_paged.attention import flash  # noqa: E402
 from sink_paged.config import MAX_STREAM_TOKENS  # noqa: E402
@@ -236,11 +238,24 @@ def check_equal(mine: list[Text], theirs: list[Text]) -> None:
 PROCESSED = {"logprobs_mode": "processed_logprobs", "max_num_batched_tokens": 64}
 
 
+def run_sampler_without_requests(llm: Any) -> None:
+    """What vLLM does on a GPU when it measures the memory that a step takes."""
+    runner = runner_of(llm)
+    hidden_size = llm.model_config.get_hidden_size()
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = SimpleNamespace(is_cpu=lambda: False)
+        patch.setattr(model_runner, "current_platform", gpu, raising=False)
+        # Its kernel uses what the interpreter lacks.
+        patch.setattr(topk_topp_sampler, "HAS_TRITON", False)
+        runner._dummy_sampler_run(torch.randn(3, hidden_size))
+
+
 def sampling() -> None:
     """The same tokens as stock vLLM, where that has the whole text at hand."""
     with engine(GOLDEN, None, **PROCESSED) as llm:
         stock = sampled(llm, 80)
     with engine(GOLDEN, (4, 251), **PROCESSED) as llm:
+        run_sampler_without_requests(llm)
         check_equal(sampled(llm, 80), stock)
 
 

@@ -33,6 +33,7 @@ from tests.engines import (
     has_v2_drafter,
     make_llama,
     pool_is_empty,
+    vllm_since,
 )
 
 WINDOW = (4, 60)
@@ -175,7 +176,9 @@ def speculation() -> None:
         async_scheduling(patch)
         drafts_by_itself(alone, params)
         if has_v2_drafter("ngram"):
-            drafts_by_n_grams(alone, params)
+            drafts_by_n_grams("ngram_gpu", alone, params)
+        if vllm_since("0.33.0"):  # which schedules this method a step ahead too
+            drafts_by_n_grams("ngram", alone, params)
         drafts_of_other_heads(Path(folder) / "heads", alone)
         preempted_and_scheduled_ahead(Path(folder) / "almost", alone, params)
 
@@ -189,9 +192,11 @@ def drafts_by_itself(alone: list[Written], params: list[SamplingParams]) -> None
     assert right > 0.9 * drafted > 0
 
 
-def drafts_by_n_grams(alone: list[Written], params: list[SamplingParams]) -> None:
+def drafts_by_n_grams(
+    method: str, alone: list[Written], params: list[SamplingParams]
+) -> None:
     """Looked up in rows that slide, a step ahead of what is known."""
-    config = {"method": "ngram_gpu", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    config = {"method": method, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     resident = 1 + sum(WINDOW)
     with speculating(config, async_scheduling=True) as llm:
         assert type(core(llm).scheduler).__name__ == "AsyncScheduler"

@@ -28,9 +28,12 @@ class StreamPenalties(PenaltiesState):
     streams: StreamRequestState
 
     def apply_staged_writes(self) -> None:
-        """Count the texts of the requests that have been added."""
+        """Count the texts of the requests that have been added.
+
+        Since vLLM 0.33 some have none, while it measures memory on a GPU.
+        """
         for row in self._new_penalties_reqs:
-            text = np.asarray(self.streams.texts[row], dtype=np.int64)
+            text = np.asarray(self.streams.texts.get(row, ()), dtype=np.int64)
             prompt, output = np.split(text, [self.streams.prompt_len.np[row]])
             mask = np.zeros(32 * self.prompt_bin_mask.shape[1], dtype=np.bool_)
             mask[prompt] = True
