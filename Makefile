@@ -74,7 +74,8 @@ export CHECK_PYTHON CHECK_INSTALL
 # What may differ from one vLLM to another: hooks, settings, engines, servers.
 MATRIX_TESTS := tests/chat $(addprefix tests/test_,$(addsuffix .py,exactness config \
 	patches cuda_contract kv_cache metrics streams requests refusals speculation \
-	v2_runner parallel server fp8_cache native_windows sink_token alibi_models))
+	v2_runner parallel server fp8_cache native_windows sink_token alibi_models \
+	doctor sessions))
 
 .DEFAULT_GOAL := help
 .PHONY: install serve test test-matrix support demo bench results lint clean help check-python check-compiler

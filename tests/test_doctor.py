@@ -36,7 +36,7 @@ def figures(said: str) -> tuple[int, int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "hybrid", "drafts"])
 def test_bound_and_capacity(
-    kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    kind: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A stream's blocks, and the streams in the pool, as an engine has them.
 
@@ -66,7 +66,7 @@ def test_bound_and_capacity(
         text = value if isinstance(value, str) else json.dumps(value)
         size += [f"--{name.replace('_', '-')}", text]
     code = doctor.main(["doctor", str(model), *ARGUMENTS, *given, *size])
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert code == 0, said
     assert "cache config     4+100 (105 tokens" in said
     with engine(
@@ -90,24 +90,24 @@ def test_bound_and_capacity(
 
 
 def test_arguments_as_vllm_serve_takes_them(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """With underscores, with dots, from a file; others are an error."""
     dotted = ["--additional-config.sink_paged.sink_tokens", "2"]
     size = ["--kv_cache_memory_bytes", "8M", "--port", "1"]
     assert doctor.main(["doctor", str(POCKET), *ARGUMENTS, *dotted, *size]) == 0
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "cache config     2+509" in said
     assert "8 MiB on each worker (as given)" in said
     file = tmp_path / "serve.yaml"
     file.write_text("port: 1\nadditional-config:\n  sink_paged:\n    sink_tokens: 3\n")
     assert doctor.main(["doctor", str(POCKET), "--config", str(file)]) == 0
-    assert "cache config     3+508" in capsys.readouterr().out
+    assert "cache config     3+508" in capfd.readouterr().out
     for wrong in (["doctor", str(POCKET), "--sink-widnow", "5"], ["nurse"]):
         with pytest.raises(SystemExit) as error:
             doctor.main(wrong)
         assert error.value.code == 2
-    assert "no command nurse" in capsys.readouterr().err
+    assert "no command nurse" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,22 +122,22 @@ def test_arguments_as_vllm_serve_takes_them(
     ],
 )
 def test_refusals(
-    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The reason of the engine, and an exit status."""
     assert doctor.main(["doctor", "--model", str(POCKET), *ARGUMENTS, *arguments]) == 1
-    (refusal,) = re.findall("(?m)^refused .*", capsys.readouterr().out)
+    (refusal,) = re.findall("(?m)^refused .*", capfd.readouterr().out)
     assert reason in refusal
 
 
 def test_installation(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a model: versions and hooks; an unknown vLLM is refused."""
     assert doctor.main(["doctor"]) == 0
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "platform         cpu" in said
     assert "EngineArgs.create_engine_config" in said
     monkeypatch.setattr("vllm.__version__", "0.99.0")
     assert doctor.main(["doctor"]) == 1
-    assert "does not support vLLM 0.99.0" in capsys.readouterr().out
+    assert "does not support vLLM 0.99.0" in capfd.readouterr().out
