@@ -21,6 +21,12 @@ PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = PATCHES / vllm.__version__.partition("+")[0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """As in any process that has loaded vLLM's plugins."""
+    plugin.register()
+
+
 def call(original, *args):  # type: ignore[no-untyped-def]
     return original(*args)
 
