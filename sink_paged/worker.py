@@ -24,12 +24,7 @@ from vllm.v1.kv_cache_interface import (
 
 from sink_paged import probe, runner_v2, streams
 from sink_paged.config import StreamConfig
-from sink_paged.kv_cache import (
-    SinkWindowSpec,
-    StreamBound,
-    group_layers,
-    group_spec,
-)
+from sink_paged.kv_cache import SinkWindowSpec, StreamBound, group_layers, group_spec
 from sink_paged.model_runner import bind_rotations
 from sink_paged.rotary import UnsupportedLayerError
 from sink_paged.speculation import draft_model, enable_speculation

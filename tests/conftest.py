@@ -2,6 +2,9 @@
 """Settings of all tests: engines in this process, nothing asked of a network."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -17,3 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # It would override what the tests give their KV caches.
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model."""
+    from tests.engines import make_llama  # imports vLLM, which reads what is set above
+
+    folder = tmp_path_factory.mktemp("llama")
+    make_llama(folder)
+    return folder

@@ -55,7 +55,7 @@ from sink_paged.runner_v2.requests import StreamRequestState
 from sink_paged.runner_v2.runner import StreamRunner
 from sink_paged.runner_v2.sampling import StreamPenalties, StreamPromptLogprobs
 from sink_paged.window import SinkWindow
-from tests.engines import has_v2_drafter
+from tests.engines import has_v2_drafter, vllm_since
 
 FLASH = "flash_attn_varlen_func"
 
@@ -165,7 +165,9 @@ def test_the_runner_asks_itself_for_its_caches() -> None:
 def test_the_cache_is_written_by_vllms_kernel() -> None:
     names = ["key", "value", "key_cache", "value_cache", "slot_mapping",
              "kv_cache_dtype", "k_scale", "v_scale"]  # fmt: skip
-    assert leading(triton_reshape_and_cache_flash)[: len(names)] == names
+    if vllm_since("0.33.0"):
+        names.append("interleaved_v_pack_factor")  # 0 by default, for ROCm
+    assert leading(triton_reshape_and_cache_flash) == names
     source = inspect.getsource(TritonAttentionImpl.do_kv_cache_update)
     assert "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)" in source
 
@@ -269,9 +271,11 @@ def test_draft_models_of_the_v2_runner() -> None:
     """What is set and read of them, and how they call the model."""
     if not has_v2_drafter("draft_model"):
         return
-    for attribute in ("draft_max_seq_len", "draft_model_config"):
-        source = inspect.getsource(DraftModelSpeculator.__init__)
-        assert f"self.{attribute} = " in source
+    source = inspect.getsource(DraftModelSpeculator.__init__)
+    for attribute in ("max_model_len", "draft_max_seq_len", "draft_model_config"):
+        is_property = attribute == "max_model_len" and vllm_since("0.33.0")
+        assert (f"self.{attribute} = " in source) != is_property
+        assert hasattr(DraftModelSpeculator, attribute) == is_property
     assert "self.model = " in inspect.getsource(DraftModelSpeculator.load_model)
     assert "_build_attn_metadata" in vars(DraftModelSpeculator)
     names = ("StandaloneARSpeculator", "PlainDraftModelSpeculator")

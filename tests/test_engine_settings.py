@@ -13,7 +13,6 @@ from tests.engines import (
     engine,
     generate,
     greedy,
-    make_llama,
     pool_is_empty,
     prompt_losses,
     worst,
@@ -24,20 +23,13 @@ BLOCK_SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path) -> Undisturbed:
-    with engine(model, SINKS, block_size=32, max_num_batched_tokens=1024) as llm:
+def undisturbed(small_llama: Path) -> Undisturbed:
+    with engine(small_llama, SINKS, block_size=32, max_num_batched_tokens=1024) as llm:
         return Undisturbed.of(llm)
 
 
-def test_prefix_caching_off(model: Path, undisturbed: Undisturbed) -> None:
-    with engine(model, SINKS, enable_prefix_caching=False) as llm:
+def test_prefix_caching_off(small_llama: Path, undisturbed: Undisturbed) -> None:
+    with engine(small_llama, SINKS, enable_prefix_caching=False) as llm:
         read = generate(llm, [TEXT], READ)[0]
         assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
         for _ in range(2):
@@ -46,16 +38,16 @@ def test_prefix_caching_off(model: Path, undisturbed: Undisturbed) -> None:
             assert list(output.outputs[0].token_ids) == undisturbed.tokens
 
 
-def test_preemption(model: Path) -> None:
+def test_preemption(small_llama: Path) -> None:
     """A pool for 2.5 streams, eight streams that all grow past the window."""
     prompts = [text(20, seed) for seed in range(7)] + [TEXT[:30]]
     policy = BlockWindow(SinkWindow(*SINKS), BLOCK_SIZE)
     blocks = policy.max_blocks(64) * 5 // 2
     options = {"block_size": BLOCK_SIZE, "max_num_batched_tokens": 64}
-    with engine(model, SINKS, **options) as llm:
+    with engine(small_llama, SINKS, **options) as llm:
         roomy = continuations(llm, prompts, 300)
     crowd = {"num_gpu_blocks_override": blocks, "disable_log_stats": False}
-    with engine(model, SINKS, **crowd, **options) as llm:
+    with engine(small_llama, SINKS, **crowd, **options) as llm:
         crowded = generate(llm, prompts, greedy(300))
         stats = {metric.name: metric for metric in llm.get_metrics()}
         assert stats["vllm:num_preemptions"].value > 0
@@ -64,8 +56,10 @@ def test_preemption(model: Path) -> None:
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 128])
-def test_block_sizes(model: Path, undisturbed: Undisturbed, block_size: int) -> None:
-    with engine(model, SINKS, block_size=block_size) as llm:
+def test_block_sizes(
+    small_llama: Path, undisturbed: Undisturbed, block_size: int
+) -> None:
+    with engine(small_llama, SINKS, block_size=block_size) as llm:
         read = generate(llm, [TEXT], READ)[0]
         assert worst(prompt_losses(read), undisturbed.losses) < TOLERANCE
         assert continuations(llm, [TEXT])[0] == undisturbed.tokens

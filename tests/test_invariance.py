@@ -20,7 +20,6 @@ from tests.engines import (
     generate,
     greedy,
     kv_cache_manager,
-    make_llama,
     pool_is_empty,
     prompt_losses,
     worst,
@@ -32,16 +31,9 @@ MAX_BATCHED = 1024
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(model: Path) -> Iterator[LLM]:
+def llm(small_llama: Path) -> Iterator[LLM]:
     with engine(
-        model, SINKS, block_size=BLOCK_SIZE, max_num_batched_tokens=MAX_BATCHED
+        small_llama, SINKS, block_size=BLOCK_SIZE, max_num_batched_tokens=MAX_BATCHED
     ) as llm:
         yield llm
 

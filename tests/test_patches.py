@@ -16,6 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from sink_paged import patches, plugin
 from sink_paged.patching import Patch, PatchError, find
+from tests.engines import vllm_since
 
 PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = PATCHES / vllm.__version__.partition("+")[0]
@@ -45,8 +46,12 @@ def make_patch(**changes: object) -> Patch:
 def test_register_is_idempotent_and_revertible() -> None:
     originals = {}
     applied = [patch for patch in patches.ALL if patch.applies()]
-    wanted = [p for p in patches.ALL if find(p.target) and p.before is None]
-    assert [patch for patch in applied if patch.before is None] == wanted
+    mended = {"record_read"} if vllm_since("0.33.0") else set()
+    assert applied == [
+        patch
+        for patch in patches.ALL
+        if find(patch.target) and patch.target.rpartition(".")[2] not in mended
+    ]
     for patch in applied:
         patch.revert()
         originals[patch.target] = find(patch.target)
@@ -152,8 +157,8 @@ reader = SpinCondition(True, context, address)
 def busy():
     writer.notify()
     reader.record_read()
-end = time.monotonic() + 2.5
-while time.monotonic() < end:  # what is kept for two seconds is no growth
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
     busy()
 before = psutil.Process().memory_info().rss
 for _ in range(200_000):
@@ -163,14 +168,16 @@ print(psutil.Process().memory_info().rss - before)
 
 
 def test_a_busy_reader_of_the_message_queue_does_not_grow() -> None:
-    """Notified 200,000 times more without being idle, in a process of its own."""
+    """Notified 200,000 times without ever being idle, in a process of its own."""
+    patch = next(patch for patch in patches.ALL if "SpinCondition" in patch.target)
+    # A vLLM that looks at its socket every two seconds keeps what comes until then.
+    before = "0" if patch.applies() else "2.5"
 
     def grown(how: str) -> int:
-        command = [sys.executable, "-c", BUSY_READER, how]
+        command = [sys.executable, "-c", BUSY_READER, how, before]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(done.stdout.splitlines()[-1])
 
-    patch = next(patch for patch in patches.ALL if "SpinCondition" in patch.target)
     grows = grown("as it is") > 4_000_000
     assert grows == patch.applies(), "whether vLLM needs the patch is not what it says"
     assert grown("patched") < 1_000_000
